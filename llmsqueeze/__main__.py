@@ -1,0 +1,5 @@
+"""``python -m llmsqueeze``."""
+
+from llmsqueeze.cli import main
+
+main()

@@ -1,0 +1,301 @@
+"""The llmsqueeze checkpoint: how a compressed model lies on disk.
+
+A Hugging Face directory whose sites are stored as a bitmask and packed non-zeros where that is
+smaller than dense, plus `llmsqueeze.json`, the manifest. Trust runs along a chain: config.json
+carries the manifest's sha256, the manifest those of every shard and shard header. Headers are
+checked at every load, contents by `inspect --verify`.
+
+Writing happens in a sibling directory that is renamed last, so OUT is complete or absent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from llmsqueeze import __version__
+from llmsqueeze.errors import CheckpointError, RecipeError, ResourceError
+from llmsqueeze.numerics.packing import bitmask_bytes, pack_bitmask, unpack_bitmask
+from llmsqueeze.shards import ShardRecord, ShardWriter, hash_file, hash_header, list_shards
+
+MANIFEST_NAME = "llmsqueeze.json"
+FORMAT_VERSION = 1
+FORMATS = ("llmsqueeze", "dense")
+BITMASK_PARTS = ("values", "mask", "row_offsets")
+# The files beside the weights that make a checkpoint usable; everything else stays behind.
+ASSET_PATTERNS = (
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    "*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)
+
+
+@dataclass(frozen=True)
+class SiteRecord:
+    """One compressed linear. bytes_*: of its weight alone. report: what the method said of it."""
+
+    shape: tuple[int, int]
+    dtype: str
+    encoding: str  # "bitmask" or "dense"
+    nonzeros: int
+    bytes_before: int
+    bytes_after: int
+    report: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.nonzeros / (self.shape[0] * self.shape[1])
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """llmsqueeze.json. steps: what was done, oldest first, each with recipe, source and calibration."""
+
+    format: str
+    sites: dict[str, SiteRecord]
+    shards: dict[str, ShardRecord]
+    bytes_before: int
+    bytes_after: int
+    steps: list[dict[str, Any]]
+    format_version: int = FORMAT_VERSION
+    tool_version: str = __version__
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Manifest:
+        """Strict inverse of to_json; CheckpointError on anything it does not recognise."""
+        try:
+            raw = json.loads(text)
+            version = raw["format_version"]
+            if not isinstance(version, int) or version < 1:
+                raise ValueError(f"format_version is {version!r}")
+            if version > FORMAT_VERSION:
+                raise CheckpointError(
+                    f"{MANIFEST_NAME}: format version {version} is newer than this llmsqueeze "
+                    f"({__version__}) reads; upgrade llmsqueeze"
+                )
+            raw["sites"] = {n: _strict(SiteRecord, r) for n, r in raw["sites"].items()}
+            raw["shards"] = {n: _strict(ShardRecord, r) for n, r in raw["shards"].items()}
+            manifest = _strict(cls, raw)
+            manifest._validate()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{MANIFEST_NAME}: not a valid manifest ({error})") from error
+        return manifest
+
+    def _validate(self) -> None:
+        if self.format not in FORMATS or not isinstance(self.steps, list):
+            raise ValueError("format or steps")
+        for name, site in self.sites.items():
+            if site.encoding not in ("bitmask", "dense") or len(site.shape) != 2:
+                raise ValueError(f"site {name}")
+            if not all(isinstance(n, int) and n > 0 for n in site.shape):
+                raise ValueError(f"site {name}")
+
+
+_Record = TypeVar("_Record", SiteRecord, ShardRecord, Manifest)
+
+
+def _strict(record: type[_Record], raw: dict[str, Any]) -> _Record:
+    unknown = set(raw) - {f.name for f in fields(record)}
+    if unknown:
+        raise ValueError(f"unknown key {sorted(unknown)[0]!r}")
+    if "shape" in raw:
+        raw = {**raw, "shape": tuple(raw["shape"])}
+    return record(**raw)
+
+
+def read_manifest(directory: Path, config: dict[str, Any]) -> Manifest | None:
+    """The manifest, checked against config.json and every shard header; None for a plain checkpoint."""
+    quantization = config.get("quantization_config")
+    ours = isinstance(quantization, dict) and quantization.get("quant_method") == "llmsqueeze"
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        if ours:
+            raise CheckpointError(f"{path}: missing; without it the weights cannot be decoded")
+        return None
+    data = path.read_bytes()
+    try:
+        manifest = Manifest.from_json(data.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 text") from error
+    if (manifest.format == "llmsqueeze") != ours:
+        raise CheckpointError(f"{path} says format {manifest.format!r}; config.json disagrees")
+    if isinstance(quantization, dict) and ours:
+        if quantization.get("manifest_sha256") != hashlib.sha256(data).hexdigest():
+            raise CheckpointError(f"{path} was changed after config.json was written")
+    files = {file.name: file for file in list_shards(directory)}
+    if set(files) != set(manifest.shards):
+        raise CheckpointError(f"{directory}: the shards are not those that {MANIFEST_NAME} lists")
+    for name, file in files.items():
+        if hash_header(file) != manifest.shards[name].header_sha256:
+            raise CheckpointError(
+                f"{file}: header differs from {MANIFEST_NAME}; the file is damaged or was replaced "
+                f"(if weights were changed on purpose, delete {MANIFEST_NAME})"
+            )
+    return manifest
+
+
+def verify(directory: Path, manifest: Manifest) -> list[str]:
+    """Hash every shard; the names of those whose contents differ from the manifest."""
+    return [
+        name
+        for name, record in manifest.shards.items()
+        if (directory / name).stat().st_size != record.bytes
+        or hash_file(directory / name) != record.sha256
+    ]
+
+
+def decode(site: str, record: SiteRecord, parts: dict[str, Tensor]) -> Tensor:
+    """The [out, in] weight from its parts (keys of BITMASK_PARTS)."""
+    try:
+        weight = unpack_bitmask(*(parts[part] for part in BITMASK_PARTS), record.shape[1])
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(f"{site}: damaged bitmask encoding ({error})") from error
+    if tuple(weight.shape) != record.shape:
+        raise CheckpointError(f"{site}: decodes to {tuple(weight.shape)}, not {record.shape}")
+    return weight
+
+
+class ArtifactWriter:
+    """Writes one checkpoint. Used as a context manager: leaving it without publish() removes all traces."""
+
+    def __init__(self, out: Path, *, format: str = "llmsqueeze", overwrite: bool = False) -> None:
+        check_output(out, overwrite)
+        self._out = out
+        self._format = format
+        self._sites: dict[str, SiteRecord] = {}
+
+    def __enter__(self) -> ArtifactWriter:
+        try:
+            self._out.parent.mkdir(parents=True, exist_ok=True)
+            made = tempfile.mkdtemp(prefix=f".{self._out.name}.", suffix=".partial", dir=self._out.parent)
+        except OSError as error:
+            raise ResourceError(f"cannot write to {self._out.parent} ({error.strerror})") from error
+        self.directory = Path(made)
+        self._shards = ShardWriter(self.directory)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Store a tensor as it is."""
+        self._shards.add(name, tensor)
+
+    def add_site(self, site: str, weight: Tensor, report: dict[str, float]) -> SiteRecord:
+        """Store the [out, in] weight of a compressed linear in the smaller of the two encodings."""
+        rows, columns = weight.shape
+        size = weight.element_size()
+        dense_bytes = rows * columns * size
+        values, mask, row_offsets = pack_bitmask(weight)
+        packed_bytes = bitmask_bytes(rows, columns, values.numel(), size)
+        packed = self._format == "llmsqueeze" and packed_bytes < dense_bytes
+        if packed:
+            for part, tensor in zip(BITMASK_PARTS, (values, mask, row_offsets), strict=True):
+                self._shards.add(f"{site}.weight_{part}", tensor)
+        else:
+            self._shards.add(f"{site}.weight", weight)
+        record = SiteRecord(
+            shape=(rows, columns),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            encoding="bitmask" if packed else "dense",
+            nonzeros=values.numel(),
+            bytes_before=dense_bytes,
+            bytes_after=packed_bytes if packed else dense_bytes,
+            report=report,
+        )
+        self._sites[site] = record
+        return record
+
+    def write_text(self, name: str, text: str) -> None:
+        """A side file, such as the model card."""
+        (self.directory / name).write_text(text, encoding="utf-8")
+
+    def publish(
+        self, config: dict[str, Any], source: Path, steps: list[dict[str, Any]], bytes_before: int
+    ) -> Manifest:
+        """Finish the files and rename the directory to OUT. config: the source's config.json."""
+        manifest = Manifest(
+            format=self._format,
+            sites=self._sites,
+            shards=self._shards.finish(),
+            bytes_before=bytes_before,
+            bytes_after=self._shards.total_bytes,
+            steps=steps,
+        )
+        for asset in assets(source):
+            shutil.copyfile(asset, self.directory / asset.name)
+        text = manifest.to_json()
+        (self.directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
+        config = {k: v for k, v in config.items() if k != "quantization_config"}
+        if self._format == "llmsqueeze":
+            config["quantization_config"] = {
+                "quant_method": "llmsqueeze",
+                "format_version": FORMAT_VERSION,
+                "manifest_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
+            }
+        # config.json last: without it a directory is not a checkpoint to anyone.
+        (self.directory / "config.json").write_text(
+            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        publish_directory(self.directory, self._out)
+        return manifest
+
+
+def publish_directory(finished: Path, out: Path) -> None:
+    """Rename `finished` to `out`; a checkpoint that stood there is removed only after that succeeded."""
+    for path in finished.iterdir():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+    finished.chmod(0o755)
+    if not out.exists():
+        finished.rename(out)
+        return
+    aside = finished.with_suffix(".replaced")
+    out.rename(aside)
+    try:
+        finished.rename(out)
+    except BaseException:
+        aside.rename(out)
+        raise
+    shutil.rmtree(aside)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """RecipeError unless `out` is free, or a checkpoint that may be replaced."""
+    if not os.path.lexists(out):
+        return
+    if not overwrite:
+        raise RecipeError(f"{out} exists already; choose another -o, or pass --overwrite")
+    if out.is_symlink() or not out.is_dir() or not (out / "config.json").is_file():
+        raise RecipeError(f"{out} is not a checkpoint directory; --overwrite will not replace it")
+
+
+def assets(source: Path) -> Iterator[Path]:
+    """Tokenizer and other side files of a checkpoint directory."""
+    found = {path for pattern in ASSET_PATTERNS for path in source.glob(pattern) if path.is_file()}
+    return iter(sorted(found))

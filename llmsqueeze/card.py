@@ -1,0 +1,80 @@
+"""The README.md of a checkpoint we write: the first thing a stranger sees of it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.recipe import PruneRecipe
+
+_LOAD = """```python
+import llmsqueeze  # teaches transformers this format: do not leave it out
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")
+```"""
+
+_DENSE = """This is the dense form: zeros stand in place, so it loads in any tool, and has the **same size and
+the same speed** as the original. `llmsqueeze convert --to llmsqueeze` makes the small file of it."""
+
+
+def model_card(
+    checkpoint: Checkpoint, source_name: str, recipe: PruneRecipe, sparsity: float
+) -> str:
+    """Card of a pruned llmsqueeze checkpoint."""
+    body = [
+        f"# {_short(source_name)}, pruned by {recipe.method}",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| pruned from | `{source_name}` |",
+        f"| method | {recipe.method} |",
+        f"| pattern | {recipe.target.pattern_name} |",
+        f"| sparsity of the pruned linears | {sparsity:.2%} |",
+        "",
+        "The weights are stored as a bitmask and packed non-zeros. Load them with",
+        "",
+        _LOAD,
+        "",
+        "`llmsqueeze.json` records how this was made, `llmsqueeze inspect --verify` checks the files, and",
+        "`llmsqueeze eval THIS --against ORIGINAL` measures what pruning cost on text of your choice.",
+    ]
+    return _front_matter(checkpoint, source_name, ["llmsqueeze", "sparse"]) + "\n".join(body) + "\n"
+
+
+def converted_card(checkpoint: Checkpoint, source_name: str, format: str) -> str:
+    """Card of a checkpoint that `convert` wrote."""
+    text = _DENSE if format == "dense" else "Load it with\n\n" + _LOAD
+    tags = ["sparse"] if format == "dense" else ["llmsqueeze", "sparse"]
+    head = _front_matter(checkpoint, source_name, tags)
+    return f"{head}# {_short(source_name)}, converted to {format}\n\n{text}\n"
+
+
+def _front_matter(checkpoint: Checkpoint, source_name: str, tags: list[str]) -> str:
+    head: dict[str, Any] = {"library_name": "transformers", "tags": tags}
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source_name) and not Path(source_name).exists():
+        head["base_model"] = source_name
+        head["base_model_relation"] = "quantized"
+    head.update(_licence(checkpoint.path / "README.md"))
+    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n"
+
+
+def _licence(readme: Path) -> dict[str, Any]:
+    """The licence keys of the source's own card, if it has one."""
+    if not readme.is_file():
+        return {}
+    match = re.match(r"---\n(.*?)\n---\n", readme.read_text(encoding="utf-8", errors="replace"), re.S)
+    try:
+        head = yaml.safe_load(match[1]) if match else None
+    except yaml.YAMLError:
+        return {}  # a card we cannot read says nothing that we could repeat
+    keys = ("license", "license_name", "license_link")
+    return {key: head[key] for key in keys if key in head} if isinstance(head, dict) else {}
+
+
+def _short(source_name: str) -> str:
+    return source_name.rstrip("/").rpartition("/")[2]

@@ -1,0 +1,279 @@
+"""A checkpoint on disk seen as a model: an empty skeleton, and tensors read block by block.
+
+Opening reads headers only, and fails unless every parameter of the architecture is there exactly
+once with the right shape and nothing is left over.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmsqueeze.architectures import blocks_path
+from llmsqueeze.artifact import BITMASK_PARTS, Manifest, SiteRecord, decode, read_manifest
+from llmsqueeze.errors import CheckpointError
+from llmsqueeze.shards import DTYPES, StoredTensor, hash_file, list_shards, load, read_headers
+
+_WEIGHT_DTYPES = ("F32", "F16", "BF16")
+# Buffers that old exporters saved and current models compute themselves.
+_OBSOLETE = (r"rotary_emb\.inv_freq$", r"\.attention\.(masked_)?bias$")
+
+
+@dataclass(frozen=True)
+class BitmaskSource:
+    """A compressed site: its record and where the three parts lie."""
+
+    record: SiteRecord
+    parts: dict[str, StoredTensor]
+
+
+Source = StoredTensor | BitmaskSource
+
+
+class Checkpoint:
+    """An opened checkpoint directory.
+
+    path; config: config.json as parsed; manifest: None for a plain Hugging Face checkpoint;
+    model: the causal language model with parameters on the meta device and real buffers;
+    sources: parameter name → where it lies.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Raises CheckpointError with one line for everything that is wrong with `path`."""
+        self.path = path
+        self.config = read_config(path)
+        self.blocks_path = blocks_path(self.config)
+        quantization = self.config.get("quantization_config")
+        if isinstance(quantization, dict) and quantization.get("quant_method") != "llmsqueeze":
+            method = quantization.get("quant_method")
+            raise CheckpointError(
+                f"{path}: already quantised by {method!r}; start from the unquantised checkpoint"
+            )
+        self.manifest: Manifest | None = read_manifest(path, self.config)
+        stored = read_headers(path)
+        self._check_depth(len(stored))
+        self.model = _skeleton(path)
+        self.sources: dict[str, Source] = self._match(stored)
+
+    @property
+    def block_count(self) -> int:
+        return len(self.blocks)
+
+    @cached_property
+    def blocks(self) -> list[nn.Module]:
+        blocks = self.model.get_submodule(self.blocks_path)
+        return list(blocks)  # type: ignore[call-overload, no-any-return]
+
+    def block_parameters(self, index: int) -> list[str]:
+        """Full names of the parameters of one block, in model order."""
+        prefix = f"{self.blocks_path}.{index}."
+        return [prefix + name for name, _ in self.blocks[index].named_parameters()]
+
+    @cached_property
+    def outer_parameters(self) -> list[str]:
+        """Full names of the parameters outside the blocks: embeddings, final norm, untied head."""
+        return [name for name in self.sources if not name.startswith(self.blocks_path + ".")]
+
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """The linears of one block by full module name.
+
+        CheckpointError on parameters of three or more dimensions: they are fused experts.
+        """
+        prefix = f"{self.blocks_path}.{index}."
+        for name, parameter in self.blocks[index].named_parameters():
+            if parameter.dim() > 2:
+                raise CheckpointError(
+                    f"{prefix}{name} has {parameter.dim()} dimensions: fused experts of a "
+                    "mixture-of-experts model, which llmsqueeze does not prune yet"
+                )
+        return {
+            prefix + name: module
+            for name, module in self.blocks[index].named_modules()
+            if isinstance(module, nn.Linear)
+        }
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Parameters on the CPU in the dtype they are stored in, compressed sites decoded.
+
+        Raises CheckpointError on NaN or Inf, naming the parameter.
+        """
+        wanted = {name: self.sources[name] for name in names}
+        stored: list[StoredTensor] = []
+        for source in wanted.values():
+            stored.extend([source] if isinstance(source, StoredTensor) else source.parts.values())
+        loaded = load(stored)
+        tensors: dict[str, Tensor] = {}
+        for name, source in wanted.items():
+            if isinstance(source, StoredTensor):
+                tensor = loaded[source.name]
+            else:
+                parts = {part: loaded[where.name] for part, where in source.parts.items()}
+                tensor = decode(name.removesuffix(".weight"), source.record, parts)
+            # One reduction instead of an elementwise test: a sum is finite only if all terms are,
+            # unless it overflows, so the slow test runs only when the fast one is in doubt.
+            if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
+                raise CheckpointError(f"{name} holds NaN or Inf; the checkpoint is damaged")
+            tensors[name] = tensor
+        return tensors
+
+    def site_dtype(self, name: str) -> torch.dtype:
+        """The dtype a parameter is stored in."""
+        source = self.sources[name]
+        stored = source if isinstance(source, StoredTensor) else source.parts["values"]
+        return DTYPES[stored.dtype]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of most weights: that of the first block's first linear."""
+        return self.site_dtype(next(iter(self.linears(0))) + ".weight")
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as they lie on disk."""
+        total = 0
+        for source in self.sources.values():
+            parts = [source] if isinstance(source, StoredTensor) else source.parts.values()
+            for stored in parts:
+                elements = 1
+                for extent in stored.shape:
+                    elements *= extent
+                total += elements * DTYPES[stored.dtype].itemsize
+        return total
+
+    def fingerprint(self) -> dict[str, Any]:
+        """sha256 of config.json and of every shard: what a result depends on."""
+        return {
+            "config_sha256": hash_file(self.path / "config.json"),
+            "shards_sha256": {file.name: hash_file(file) for file in list_shards(self.path)},
+        }
+
+    def _check_depth(self, tensors: int) -> None:
+        # A damaged config must not make us build a billion empty blocks before it is found out.
+        depth = self.config.get("num_hidden_layers")
+        if not isinstance(depth, int) or not 0 < depth <= tensors:
+            raise CheckpointError(
+                f"{self.path / 'config.json'}: num_hidden_layers is {depth!r}, but the shards hold "
+                f"{tensors} tensors"
+            )
+
+    def _match(self, stored: dict[str, StoredTensor]) -> dict[str, Source]:
+        """Assign every stored tensor to a parameter, strictly."""
+        tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
+        expected = dict(self.model.named_parameters())  # tied parameters appear once
+        expected.update((n, p) for n, p in self.model.state_dict().items() if n not in tied)
+        for name in tied:
+            expected.pop(name, None)
+        prefix = self.model.base_model_prefix
+        ignored = [*_OBSOLETE, *(self.model._keys_to_ignore_on_load_unexpected or ())]
+
+        rest: dict[str, StoredTensor] = {}
+        for name, tensor in stored.items():
+            known = _owner(name) in expected or name in tied
+            rest[name if known else f"{prefix}.{name}"] = tensor
+        sources: dict[str, Source] = {}
+        for name, parameter in expected.items():
+            source = self._take(name, rest)
+            if source is None:
+                raise CheckpointError(f"{self.path}: {name} is missing from the weights")
+            shape = source.shape if isinstance(source, StoredTensor) else source.record.shape
+            if shape != tuple(parameter.shape):
+                raise CheckpointError(
+                    f"{self.path}: {name} has shape {shape}, the architecture needs "
+                    f"{tuple(parameter.shape)}"
+                )
+            sources[name] = source
+        for name in tied.keys() & rest.keys():
+            self._check_tied(rest.pop(name), sources.get(tied[name]))
+        for name, tensor in rest.items():
+            if not any(re.search(pattern, name) for pattern in ignored):
+                raise CheckpointError(
+                    f"{self.path}: {tensor.name} does not belong to a {self.config['model_type']}"
+                )
+        return sources
+
+    def _take(self, name: str, rest: dict[str, StoredTensor]) -> Source | None:
+        """Remove from `rest` what stores parameter `name`."""
+        site = name.removesuffix(".weight")
+        record = self.manifest.sites.get(site) if self.manifest else None
+        if record is None or record.encoding == "dense" or not name.endswith(".weight"):
+            tensor = rest.pop(name, None)
+            if tensor is not None and tensor.dtype not in _WEIGHT_DTYPES:
+                raise CheckpointError(
+                    f"{self.path}: {name} is {tensor.dtype}; weights must be "
+                    + ", ".join(_WEIGHT_DTYPES)
+                )
+            return tensor
+        parts = {part: rest.pop(f"{name}_{part}", None) for part in BITMASK_PARTS}
+        found = {part: tensor for part, tensor in parts.items() if tensor is not None}
+        if len(found) < len(parts):
+            return None
+        dtype = DTYPES.get(found["values"].dtype)
+        if str(dtype) != f"torch.{record.dtype}" or found["values"].shape != (record.nonzeros,):
+            raise CheckpointError(f"{self.path}: {name} is not stored as the manifest says")
+        return BitmaskSource(record, found)
+
+    def _check_tied(self, copy: StoredTensor, original: Source | None) -> None:
+        """A tied parameter may be stored twice, if both are the same."""
+        if not isinstance(original, StoredTensor) or not torch.equal(
+            load([copy])[copy.name], load([original])[original.name]
+        ):
+            raise CheckpointError(
+                f"{self.path}: {copy.name} differs from the embedding that config.json ties it to; "
+                "set tie_word_embeddings to false if they are separate"
+            )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json as a dictionary."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no config.json, so this is not a checkpoint") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: not readable JSON ({type(error).__name__})") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: not a JSON object")
+    return config
+
+
+def place(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+    """Put tensors into the skeleton as parameters on `device`, floats cast to `dtype`."""
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        parameter = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
+        setattr(model.get_submodule(owner), leaf, parameter)
+
+
+def _owner(name: str) -> str:
+    """The parameter that a stored tensor belongs to: itself, or the weight it is a part of."""
+    for part in BITMASK_PARTS:
+        if name.endswith(f".weight_{part}"):
+            return name.removesuffix(f"_{part}")
+    return name
+
+
+def _skeleton(path: Path) -> Any:
+    # Whatever transformers raises here, it raises because of what config.json says.
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{path / 'config.json'}: no model can be built from it ({reason[0] if reason else error!r})"
+        ) from error
+    return model.eval()

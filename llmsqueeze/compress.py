@@ -1,0 +1,271 @@
+"""The pipeline, top to bottom: checkpoint → calibrate → method → artifact. Read this file first."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from llmsqueeze import __version__, card
+from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
+from llmsqueeze.calibrate import BlockStep, exact_matmul, walk
+from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.data import calibration_windows, load_tokenizer
+from llmsqueeze.device import compute_dtype
+from llmsqueeze.errors import CheckpointError, RecipeError
+from llmsqueeze.methods import weight_method
+from llmsqueeze.recipe import PruneRecipe, is_ignored
+
+
+DEFAULT_SEQLEN = 2048
+
+
+@dataclass(frozen=True)
+class BlockDone:
+    """Progress: one block was compressed and handed to the writer. sparsity: of its sites together."""
+
+    index: int
+    total: int
+    sparsity: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What happened. peak_device_bytes: None without an accelerator."""
+
+    recipe: PruneRecipe
+    manifest: Manifest
+    sparsity: float
+    seconds: float
+    peak_rss_bytes: int
+    peak_device_bytes: int | None
+
+
+def prune(
+    checkpoint: Checkpoint,
+    source_name: str,
+    out: Path,
+    recipe: PruneRecipe,
+    device: torch.device,
+    *,
+    overwrite: bool = False,
+    on_block: Callable[[BlockDone], None] = lambda done: None,
+) -> Report:
+    """Prune a checkpoint into a new llmsqueeze checkpoint at `out`, one block at a time.
+
+    Raises RecipeError before any work when the request does not fit the checkpoint or `out`.
+    """
+    started = time.monotonic()
+    check_output(out, overwrite)
+    check_not_inside(out, checkpoint.path)
+    method = weight_method(recipe.method)
+    sites = choose_sites(checkpoint, recipe)
+    recipe, tokens, calibration = _calibration(checkpoint, recipe, method.NEEDS)
+    dtype = compute_dtype(recipe.dtype, checkpoint.dtype, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    step = {
+        "command": "prune",
+        "recipe": recipe.to_dict(),
+        "source": {"name": source_name, **checkpoint.fingerprint()},
+        "calibration": calibration,
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "versions": _versions(),
+    }
+    with ArtifactWriter(out, overwrite=overwrite) as writer, exact_matmul():
+        for name in checkpoint.outer_parameters:
+            writer.add(name, checkpoint.read([name])[name])
+        total = _Share()
+        for block in walk(checkpoint, tokens, method.NEEDS, dtype, device, recipe.batch):
+            block_started = time.monotonic()
+            reports = {}
+            for site in block.sites:
+                if site.name in sites:
+                    pruned = method.prune(site.weight, site.stats, recipe.target, recipe.config)
+                    block.replace(site, pruned.weight)
+                    reports[site.name] = pruned.report
+            share = _store(writer, block, reports)
+            total += share
+            seconds = time.monotonic() - block_started
+            on_block(BlockDone(block.index, checkpoint.block_count, share.sparsity, seconds))
+        sparsity = total.sparsity
+        step["sparsity"] = sparsity
+        step["peak_rss_bytes"] = peak_rss_bytes()
+        step["peak_device_bytes"] = peak_device_bytes(device)
+        previous = checkpoint.manifest.steps if checkpoint.manifest else []
+        writer.write_text("README.md", card.model_card(checkpoint, source_name, recipe, sparsity))
+        manifest = writer.publish(
+            checkpoint.config, checkpoint.path, [*previous, step], checkpoint.stored_bytes
+        )
+    return Report(
+        recipe,
+        manifest,
+        sparsity,
+        time.monotonic() - started,
+        peak_rss_bytes(),
+        peak_device_bytes(device),
+    )
+
+
+def convert(
+    checkpoint: Checkpoint,
+    source_name: str,
+    out: Path,
+    format: str,
+    *,
+    overwrite: bool = False,
+    on_block: Callable[[BlockDone], None] = lambda done: None,
+) -> Manifest:
+    """Rewrite a checkpoint as `format` ("llmsqueeze" or "dense"), every tensor bit for bit.
+
+    Sites are those of the manifest, or all linears of a plain checkpoint.
+    """
+    check_output(out, overwrite)
+    check_not_inside(out, checkpoint.path)
+    known = checkpoint.manifest.sites if checkpoint.manifest else None
+    with ArtifactWriter(out, format=format, overwrite=overwrite) as writer:
+        for name in checkpoint.outer_parameters:
+            writer.add(name, checkpoint.read([name])[name])
+        for block in walk(checkpoint, None, frozenset(), torch.float32, torch.device("cpu")):
+            started = time.monotonic()
+            names = [site.name for site in block.sites if known is None or site.name in known]
+            share = _store(writer, block, {n: known[n].report if known else {} for n in names})
+            seconds = time.monotonic() - started
+            on_block(BlockDone(block.index, checkpoint.block_count, share.sparsity, seconds))
+        steps = checkpoint.manifest.steps if checkpoint.manifest else []
+        writer.write_text("README.md", card.converted_card(checkpoint, source_name, format))
+        return writer.publish(checkpoint.config, checkpoint.path, steps, checkpoint.stored_bytes)
+
+
+@dataclass(frozen=True)
+class _Share:
+    """Zeros among weights; adds up."""
+
+    zeros: int = 0
+    weights: int = 0
+
+    def __add__(self, other: _Share) -> _Share:
+        return _Share(self.zeros + other.zeros, self.weights + other.weights)
+
+    @property
+    def sparsity(self) -> float:
+        return self.zeros / self.weights if self.weights else 0.0
+
+
+def _store(writer: ArtifactWriter, block: BlockStep, reports: dict[str, dict[str, float]]) -> _Share:
+    """Write every tensor of a block, the sites named in `reports` in their compressed encoding."""
+    share = _Share()
+    for name, tensor in block.tensors.items():
+        site = name.removesuffix(".weight")
+        if name.endswith(".weight") and site in reports:
+            record = writer.add_site(site, tensor, reports[site])
+            share += _Share(tensor.numel() - record.nonzeros, tensor.numel())
+        else:
+            writer.add(name, tensor)
+    return share
+
+
+def choose_sites(checkpoint: Checkpoint, recipe: PruneRecipe) -> set[str]:
+    """Names of the linears to prune: those of the blocks less the ignored, checked against the pattern."""
+    unused = set(recipe.ignore)
+    for name, _ in checkpoint.model.named_modules():
+        unused -= set(is_ignored(name, recipe.ignore))
+    if unused:
+        raise RecipeError(f"--ignore {sorted(unused)[0]}: no module of this checkpoint matches")
+    sites: set[str] = set()
+    nm = recipe.target.pattern
+    for index in range(checkpoint.block_count):
+        for name, linear in checkpoint.linears(index).items():
+            if is_ignored(name, recipe.ignore):
+                continue
+            if nm and linear.in_features % nm.m:
+                raise RecipeError(
+                    f"pattern {nm} does not divide the {linear.in_features} inputs of {name}; "
+                    "choose another pattern, or leave it dense with --ignore"
+                )
+            sites.add(name)
+    if not sites:
+        raise RecipeError("--ignore leaves nothing to prune")
+    return sites
+
+
+def check_not_inside(out: Path, source: Path) -> None:
+    """RecipeError when `out` is the source directory or lies in it."""
+    if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
+        raise RecipeError(f"{out} lies in the source checkpoint; choose another -o")
+
+
+def peak_rss_bytes() -> int:
+    """Highest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def peak_device_bytes(device: torch.device) -> int | None:
+    """Highest memory allocated by tensors on an accelerator; None on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _calibration(
+    checkpoint: Checkpoint, recipe: PruneRecipe, needs: frozenset[str]
+) -> tuple[PruneRecipe, Tensor | None, dict[str, Any] | None]:
+    """The recipe with its window length resolved, the tokens, and their description."""
+    if not needs:
+        return recipe, None, None
+    asked = recipe.calibration
+    seqlen = window_length(checkpoint, asked.seqlen)
+    windows = calibration_windows(
+        asked.text,
+        load_tokenizer(checkpoint.path),
+        samples=asked.samples,
+        seqlen=seqlen,
+        seed=asked.seed,
+        bos=asked.bos,
+    )
+    check_vocabulary(windows.tokens, checkpoint)
+    resolved = dataclasses.replace(recipe, calibration=dataclasses.replace(asked, seqlen=seqlen))
+    return resolved, windows.tokens, windows.describe()
+
+
+def window_length(checkpoint: Checkpoint, asked: int | None) -> int:
+    """Tokens per window: what was asked, else 2048 or the most positions the model has.
+
+    Never simply max_position_embeddings: 131072 tokens a sample help no statistic and fill memory.
+    """
+    longest = checkpoint.config.get("max_position_embeddings")
+    if not isinstance(longest, int):
+        return asked or DEFAULT_SEQLEN
+    if asked is not None and asked > longest:
+        raise RecipeError(
+            f"--seqlen {asked} exceeds the {longest} positions this model was built for"
+        )
+    return asked or min(DEFAULT_SEQLEN, longest)
+
+
+def check_vocabulary(tokens: Tensor, checkpoint: Checkpoint) -> None:
+    """CheckpointError when the tokenizer produces ids that the embedding does not have."""
+    rows = checkpoint.model.get_input_embeddings().weight.shape[0]
+    if int(tokens.max()) >= rows:
+        raise CheckpointError(
+            f"{checkpoint.path}: the tokenizer gives id {int(tokens.max())}, the embedding has "
+            f"{rows} rows; tokenizer and weights do not belong together"
+        )
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "llmsqueeze": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

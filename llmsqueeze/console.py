@@ -1,0 +1,96 @@
+"""The only module that prints. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Console:
+    """json: the result is one JSON document. quiet: no notes or progress. progress: bars allowed."""
+
+    def __init__(self, *, json: bool, quiet: bool, verbose: bool, progress: bool) -> None:
+        self.json = json
+        self.quiet = quiet
+        self.verbose = verbose
+        self._progress = progress
+        self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+
+    def note(self, message: str) -> None:
+        """One line about what is happening."""
+        if not self.quiet:
+            self._err.print(message, markup=False)
+
+    def error(self, message: str, exit_code: int) -> None:
+        """One line about what went wrong; with --json also the document that stdout owes."""
+        line = " ".join(message.split())
+        self._err.print(f"[bold red]error:[/bold red] {_escape(line)}")
+        if self.json:
+            print(json.dumps({"error": line, "exit_code": exit_code}))
+
+    def result(self, document: dict[str, Any], *tables: Table) -> None:
+        """The outcome: one JSON document, or tables for people."""
+        if self.json:
+            print(json.dumps(document, ensure_ascii=False, allow_nan=False))
+            return
+        out = RichConsole(file=sys.stdout, highlight=False)
+        for table in tables:
+            out.print(table)
+
+    @contextlib.contextmanager
+    def steps(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
+        """Progress as (done, total, detail): a bar with ETA on a terminal, else a line per step."""
+        if self.quiet:
+            yield lambda done, total, detail: None
+        elif self._progress and self._err.is_terminal:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[detail]}"),
+            )
+            with Progress(*columns, console=self._err, transient=True) as bar:
+                task = bar.add_task(what, total=None, detail="")
+                yield lambda done, total, detail: bar.update(
+                    task, completed=done, total=total, detail=detail
+                )
+        else:
+            started = time.monotonic()
+
+            def line(done: int, total: int, detail: str) -> None:
+                elapsed = time.monotonic() - started
+                left = elapsed / done * (total - done)
+                self.note(f"{what} {done}/{total}  {detail}  {left:.0f} s left".replace("    ", "  "))
+
+            yield line
+
+
+def facts(title: str, rows: dict[str, str]) -> Table:
+    """A two-column table of named facts."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def size(count: int) -> str:
+    """Bytes for people, decimal units."""
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} TB"
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")

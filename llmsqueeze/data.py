@@ -1,0 +1,221 @@
+"""Text to token windows: what calibration and evaluation see, with a hash that pins it.
+
+A plain text file is tokenised once and cut into consecutive windows, so that another tool can be
+given the very same tokens. Collections of documents (.jsonl, a hub dataset) are shuffled by the
+seed, joined and cut. The bundled texts are cut by register and shuffled by the seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsqueeze.errors import CheckpointError, DataError, EnvironmentFault
+
+BUNDLED_CALIBRATION = ("prose", "dialogue", "technical", "code")
+BUNDLED_EVALUATION = "evaluation"
+
+
+@dataclass(frozen=True)
+class Windows:
+    """tokens: [windows, seqlen] int64. text_sha256: of the text they came from."""
+
+    tokens: Tensor
+    text_sha256: str
+    source: str
+    bos: bool
+
+    def describe(self) -> dict[str, Any]:
+        """What a manifest or report records. tokens_sha256 covers the little-endian int64 ids."""
+        data = self.tokens.contiguous().numpy().astype("<i8").tobytes()
+        return {
+            "source": self.source,
+            "text_sha256": self.text_sha256,
+            "tokens_sha256": hashlib.sha256(data).hexdigest(),
+            "samples": self.tokens.shape[0],
+            "seqlen": self.tokens.shape[1],
+            "bos": self.bos,
+        }
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The checkpoint's tokenizer; CheckpointError when it has none that loads."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises many kinds; all mean the files are unusable
+        raise CheckpointError(
+            f"{path}: no usable tokenizer ({type(error).__name__}); copy the model's tokenizer "
+            "files into the directory"
+        ) from error
+
+
+def calibration_windows(
+    spec: str | None, tokenizer: Any, *, samples: int, seqlen: int, seed: int, bos: bool = False
+) -> Windows:
+    """Exactly `samples` windows of `seqlen` tokens.
+
+    spec: None for the bundled texts, a .txt or .jsonl file, or a hub dataset NAME[:CONFIG[:SPLIT]].
+    Raises DataError when the text is missing, unreadable or too short.
+    """
+    if spec is None:
+        return _bundled_windows(tokenizer, samples, seqlen, seed, bos)
+    path = Path(spec)
+    if path.suffix in (".jsonl", ".txt") or path.exists():
+        data = _read_bytes(path)
+        text = _decode(path, data)
+        sha = hashlib.sha256(data).hexdigest()
+        if path.suffix != ".jsonl":
+            windows = _cut(_tokenize(tokenizer, text, bos), seqlen)[:samples]
+            return Windows(_enough(windows, samples, seqlen, spec), sha, path.name, bos)
+        documents = _jsonl(path, text)
+        random.Random(seed).shuffle(documents)
+        windows = _pack(documents, tokenizer, samples, seqlen, bos)
+        return Windows(_enough(windows, samples, seqlen, spec), sha, path.name, bos)
+    documents = []
+    wanted = 0
+    for document in _hub_documents(spec, seed):
+        documents.append(document)
+        wanted += len(document)
+        # A token is rarely longer than eight characters; more text than this is never needed.
+        if wanted > samples * seqlen * 8:
+            break
+    windows = _pack(documents, tokenizer, samples, seqlen, bos)
+    sha = hashlib.sha256("\0".join(documents).encode()).hexdigest()
+    return Windows(_enough(windows, samples, seqlen, spec), sha, spec, bos)
+
+
+def evaluation_windows(
+    path: Path | None, tokenizer: Any, *, seqlen: int, windows: int | None, bos: bool = False
+) -> Windows:
+    """Consecutive windows of one text, all of them or the first `windows`.
+
+    path: None for the bundled evaluation text, which no bundled calibration text shares a line with.
+    """
+    data = _read_bytes(path) if path else bundled_text(BUNDLED_EVALUATION).encode("utf-8")
+    name = path.name if path else f"bundled {BUNDLED_EVALUATION}.txt"
+    text = _decode(Path(name), data)
+    cut = _cut(_tokenize(tokenizer, text, bos), seqlen)[:windows]
+    enough = _enough(cut, windows or 1, seqlen, str(path or name))
+    return Windows(enough, hashlib.sha256(data).hexdigest(), name, bos)
+
+
+def bundled_text(name: str) -> str:
+    """One of the texts in calib_data/, by its name without .txt."""
+    folder = importlib.resources.files("llmsqueeze._calib_data")
+    return (folder / f"{name}.txt").read_text(encoding="utf-8")
+
+
+def _bundled_windows(tokenizer: Any, samples: int, seqlen: int, seed: int, bos: bool) -> Windows:
+    texts = {name: bundled_text(name) for name in BUNDLED_CALIBRATION}
+    windows = torch.cat([_cut(_tokenize(tokenizer, t, bos), seqlen) for t in texts.values()])
+    order = list(range(windows.shape[0]))
+    random.Random(seed).shuffle(order)
+    chosen = _enough(windows[order[:samples]], samples, seqlen, "the bundled calibration text")
+    sha = hashlib.sha256("\0".join(texts.values()).encode()).hexdigest()
+    return Windows(chosen, sha, "bundled " + ", ".join(BUNDLED_CALIBRATION), bos)
+
+
+def _tokenize(tokenizer: Any, text: str, bos: bool) -> Tensor:
+    """[tokens] int64, no special tokens but the one asked for."""
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if bos:
+        if tokenizer.bos_token_id is None:
+            raise DataError("--bos: this checkpoint's tokenizer has no beginning-of-text token")
+        ids = [tokenizer.bos_token_id, *ids]
+    return torch.tensor(ids, dtype=torch.int64)
+
+
+def _cut(tokens: Tensor, seqlen: int) -> Tensor:
+    """[windows, seqlen]: consecutive, the incomplete tail dropped."""
+    count = tokens.numel() // seqlen
+    return tokens[: count * seqlen].reshape(count, seqlen)
+
+
+def _pack(
+    documents: Iterable[str], tokenizer: Any, samples: int, seqlen: int, bos: bool
+) -> Tensor:
+    parts: list[Tensor] = []
+    length = 0
+    for document in documents:
+        if length >= samples * seqlen:
+            break
+        parts.append(_tokenize(tokenizer, document, bos))
+        length += parts[-1].numel()
+    joined = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+    return _cut(joined, seqlen)[:samples]
+
+
+def _enough(windows: Tensor, wanted: int, seqlen: int, source: str) -> Tensor:
+    if windows.shape[0] < wanted:
+        raise DataError(
+            f"{source} is too short: it gives {windows.shape[0]} windows of {seqlen} tokens, "
+            f"{wanted} are needed; give more text, or fewer or shorter windows"
+        )
+    return windows
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _decode(path: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
+
+
+def _jsonl(path: Path, text: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(
+                f'{path}: line {number} is not a JSON object with a "text" field'
+            ) from error
+        if not isinstance(document, str):
+            raise DataError(f'{path}: line {number}: "text" is not a string')
+        documents.append(document)
+    return documents
+
+
+def _hub_documents(spec: str, seed: int) -> Iterator[str]:
+    """Documents of a hub dataset, or of a local directory in the hub's layout, in shuffled order."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise EnvironmentFault(
+            f"{spec} is no file, and hub datasets need a package: pip install 'llmsqueeze[datasets]'"
+        ) from error
+    name, _, rest = spec.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        stream = datasets.load_dataset(
+            name, config or None, split=split or "train", streaming=True, trust_remote_code=False
+        )
+        for row in stream.shuffle(seed=seed, buffer_size=10_000):
+            if not isinstance(row.get("text"), str):
+                raise DataError(f'dataset {spec}: its rows have no "text" string')
+            yield row["text"]
+    except DataError:
+        raise
+    except Exception as error:  # the library raises many kinds; all mean it is not to be had
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(f"{spec}: neither a file nor a dataset that loads ({reason[0]})") from error

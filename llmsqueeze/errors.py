@@ -1,0 +1,42 @@
+"""Every error that llmsqueeze raises on purpose, and the exit code that the command line gives it.
+
+LlmsqueezeError
+├── RecipeError        2   the request itself is wrong: option, pattern, method
+├── CheckpointError    3   the checkpoint is missing, damaged, unsupported or inconsistent
+├── DataError          3   calibration or evaluation text is missing, unreadable or too short
+├── CalibrationError   3   the model produced values that no statistic can use
+├── EnvironmentFault   4   a package or device that the request needs is not there
+└── ResourceError      5   out of memory or disk
+
+A message is one line that says what is wrong and what to do about it.
+"""
+
+
+class LlmsqueezeError(Exception):
+    """Base of all expected failures; anything else that escapes is a bug (exit code 70)."""
+
+    exit_code = 70
+
+
+class RecipeError(LlmsqueezeError):
+    exit_code = 2
+
+
+class CheckpointError(LlmsqueezeError):
+    exit_code = 3
+
+
+class DataError(LlmsqueezeError):
+    exit_code = 3
+
+
+class CalibrationError(LlmsqueezeError):
+    exit_code = 3
+
+
+class EnvironmentFault(LlmsqueezeError):
+    exit_code = 4
+
+
+class ResourceError(LlmsqueezeError):
+    exit_code = 5

@@ -1,0 +1,98 @@
+"""Loading llmsqueeze checkpoints through transformers: what ``import llmsqueeze`` registers.
+
+``from_pretrained`` rebuilds the masked dense weights, bit for bit. transformers itself would
+initialise a tensor it does not find at random and go on; here that is an error before any weight is
+loaded.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmsqueeze.artifact import BITMASK_PARTS
+from llmsqueeze.errors import CheckpointError
+from llmsqueeze.numerics.packing import unpack_bitmask
+
+
+@register_quantization_config("llmsqueeze")
+class LlmsqueezeConfig(QuantizationConfigMixin):
+    """The `quantization_config` of config.json."""
+
+    def __init__(
+        self, quant_method: str, format_version: int, manifest_sha256: str, **unknown: Any
+    ) -> None:
+        if unknown:
+            raise CheckpointError(f"quantization_config: unknown key {sorted(unknown)[0]!r}")
+        self.quant_method = quant_method  # type: ignore[assignment]
+        self.format_version = format_version
+        self.manifest_sha256 = manifest_sha256
+        # The loaded model is an ordinary dense one: transformers then forgets the quantisation.
+        self.dequantize = True
+
+
+class _Decode(ConversionOps):
+    """values + mask + row_offsets → weight, in the dtype the model was asked for."""
+
+    def __init__(self, hf_quantizer: HfQuantizer) -> None:
+        # The attribute tells transformers to leave the parts' dtypes to this operation.
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],
+        target_patterns: list[str],
+        *,
+        full_layer_name: str,
+        model: nn.Module,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        parts = [_single(input_dict[_pattern(part)]) for part in BITMASK_PARTS]
+        expected = model.get_parameter(full_layer_name)
+        weight = unpack_bitmask(parts[0], parts[1], parts[2], expected.shape[1])
+        return {full_layer_name: weight.to(expected.dtype)}
+
+
+@register_quantizer("llmsqueeze")
+class LlmsqueezeQuantizer(HfQuantizer):
+    """Decodes sites while transformers loads them."""
+
+    requires_calibration = True
+
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        from llmsqueeze.checkpoint import Checkpoint
+
+        if not checkpoint_files:
+            raise CheckpointError("a llmsqueeze checkpoint loads from its directory only")
+        # Opening checks manifest, headers, names and shapes, and raises on the first mismatch.
+        Checkpoint(Path(checkpoint_files[0]).parent)
+        return model
+
+    def get_weight_conversions(self) -> list[WeightConverter]:
+        patterns = [_pattern(part) for part in BITMASK_PARTS]
+        return [WeightConverter(patterns, "weight", [_Decode(self)])]
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True  # after loading, the model is dense
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+def _pattern(part: str) -> str:
+    return f"weight_{part}"
+
+
+def _single(value: Any) -> Tensor:
+    tensor: Tensor = value[0] if isinstance(value, list) else value
+    return tensor

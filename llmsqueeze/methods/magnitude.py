@@ -1,0 +1,36 @@
+"""Magnitude pruning: remove the smallest |W|. Han et al. 2015 (arXiv 1506.02626)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmsqueeze.methods.base import Pruned, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmsqueeze.numerics.stats import InputStats
+
+NEEDS: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+
+def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Config) -> Pruned:
+    """Remove the smallest |W| of the whole matrix, or of every group for n:m.
+
+    weight: [out, in], any float dtype; kept entries come back bit-identical.
+    """
+    from llmsqueeze.numerics.masks import keep_highest, keep_nm
+
+    score = weight.abs()
+    if target.pattern:
+        keep = keep_nm(score, target.pattern.n, target.pattern.m)
+    else:
+        removed = target.removed_of(score.numel())
+        keep = keep_highest(score.reshape(1, -1), removed).reshape(score.shape)
+    return Pruned(weight.masked_fill(~keep, 0))

@@ -1,0 +1,126 @@
+"""SparseGPT: optimal-brain-surgeon pruning with weight update. Frantar & Alistarh (arXiv 2301.00774)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from llmsqueeze.errors import CalibrationError, RecipeError
+from llmsqueeze.methods.base import Pruned, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmsqueeze.numerics.stats import InputStats
+
+NEEDS = frozenset({"gram"})
+
+# A Hessian that is not positive definite at the asked damping is tried again with ten times as much.
+DAMPING_RETRIES = 3
+
+
+@dataclass(frozen=True)
+class Config:
+    damping: float = field(
+        default=0.01, metadata={"help": "ridge on the Hessian, as a fraction of its mean diagonal"}
+    )
+    block_size: int = field(
+        default=128, metadata={"help": "columns whose mask is chosen together (unstructured)"}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= 10:
+            raise RecipeError(f"damping {self.damping} is outside (0, 10]; the usual value is 0.01")
+        if not 1 <= self.block_size <= 65536:
+            raise RecipeError(f"block size {self.block_size} is outside [1, 65536]")
+
+
+def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Config) -> Pruned:
+    """Column blocks left to right: choose a mask by OBS saliency, then spread the error rightwards.
+
+    weight: [out, in]; computed in fp32, returned in its own dtype with updated values.
+    stats: needs gram. Inputs that were always zero lose their weights, whatever the target.
+    Saliency w²/U_jj² and update: section 3 of the paper, U upper Cholesky factor of H⁻¹.
+    Raises CalibrationError when no damping makes the Hessian positive definite.
+    """
+    import torch
+
+    from llmsqueeze.numerics.masks import keep_highest, keep_nm
+
+    assert stats is not None
+    factor, damping, dead = _factor(stats, config.damping)
+    w = weight.to(torch.float32, copy=True)
+    w[:, dead] = 0
+    rows, columns = w.shape
+    diagonal = factor.diagonal()
+    nm = target.pattern
+    # An n:m group must lie within one block, or its mask would be chosen from stale weights.
+    size = config.block_size if nm is None else -(-config.block_size // nm.m) * nm.m
+    loss = torch.zeros((), dtype=torch.float64, device=w.device)
+
+    for start in range(0, columns, size):
+        stop = min(start + size, columns)
+        block = w[:, start:stop]  # a view: updates land in w
+        u = factor[start:stop, start:stop]
+        d = diagonal[start:stop]
+        errors = torch.empty_like(block)
+        keep = torch.ones_like(block, dtype=torch.bool)
+        if nm is None:
+            score = (block / d).square()
+            removed = target.removed_of(score.numel())
+            keep = keep_highest(score.reshape(1, -1), removed).reshape(score.shape)
+        # Column-major copies: the loop below touches one column at a time.
+        columns_t = block.t().contiguous()
+        keep_t = keep.t().contiguous()
+        for i in range(stop - start):
+            if nm is not None and i % nm.m == 0:
+                group = (columns_t[i : i + nm.m].t() / d[i : i + nm.m]).square()
+                keep_t[i : i + nm.m] = keep_nm(group, nm.n, nm.m).t()
+            error = columns_t[i].masked_fill(keep_t[i], 0) / d[i]
+            columns_t[i:].addr_(u[i, i:], error, alpha=-1)
+            columns_t[i].masked_fill_(~keep_t[i], 0)
+            errors[:, i] = error
+        block.copy_(columns_t.t())
+        loss += errors.square().sum(dtype=torch.float64)
+        w[:, stop:] -= errors @ factor[start:stop, stop:]
+
+    if not bool(torch.isfinite(w).all()):
+        raise CalibrationError(
+            f"SparseGPT diverged at damping {damping:g}; use more calibration tokens or --damping"
+        )
+    # Dividing by the token count makes the loss comparable between runs of different length.
+    report = {"damping": damping, "quadratic_loss": float(loss), "dead_inputs": int(dead.sum())}
+    return Pruned(w.to(weight.dtype), report)
+
+
+def _factor(stats: InputStats, damping: float) -> tuple[Tensor, float, Tensor]:
+    """Upper U with H⁻¹ = UᵀU, the damping that worked, and the inputs that never fired.
+
+    Kept with the statistics: q, k and v share one input, hence one factor.
+    """
+    import torch
+
+    cached: tuple[Tensor, float, Tensor] | None = stats.memo.get(("sparsegpt", damping))
+    if cached is not None:
+        return cached
+    hessian = stats.gram * (2 / stats.count)
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    mean = hessian.diagonal().mean()
+    tried = damping
+    for _ in range(DAMPING_RETRIES):
+        damped = hessian.clone()
+        damped.diagonal().add_(tried * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+        if not failed and bool(torch.isfinite(upper).all()):
+            result = (upper, tried, dead)
+            stats.memo[("sparsegpt", damping)] = result
+            return result
+        tried *= 10
+    raise CalibrationError(
+        f"the Hessian of {stats.count} calibration tokens is not positive definite even at damping "
+        f"{tried / 10:g}; use more calibration tokens (--samples, --seqlen)"
+    )

@@ -1,0 +1,37 @@
+"""Wanda: score |W|·‖x‖ within each output row, no weight update. Sun et al. (arXiv 2306.11695)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from llmsqueeze.methods.base import Pruned, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmsqueeze.numerics.stats import InputStats
+
+NEEDS = frozenset({"sq_sum"})
+
+
+@dataclass(frozen=True)
+class Config:
+    pass
+
+
+def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Config) -> Pruned:
+    """Remove the lowest S_ij = |W_ij|·‖x_j‖ (eq. 1): a fixed share of each row, or of each n:m group.
+
+    weight: [out, in], any float dtype; kept entries come back bit-identical.
+    stats: needs sq_sum of the inputs. ‖x_j‖ is used as a root mean square: the order is the same.
+    """
+    from llmsqueeze.numerics.masks import keep_highest, keep_nm
+
+    assert stats is not None
+    score = weight.float().abs() * stats.rms
+    if target.pattern:
+        keep = keep_nm(score, target.pattern.n, target.pattern.m)
+    else:
+        keep = keep_highest(score, target.removed_of(score.shape[1]))
+    return Pruned(weight.masked_fill(~keep, 0))

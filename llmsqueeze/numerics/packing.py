@@ -1,0 +1,62 @@
+"""The bitmask encoding: one bit for every weight, then only the non-zero values.
+
+values       [nonzeros]                the weight's dtype, row after row
+mask         [rows, ceil(columns/8)]   uint8, bit j%8 (little) of byte j//8 is column j; padding 0
+row_offsets  [rows + 1]                int32, where each row starts in `values`
+
+A weight counts as zero when all its bits are zero, so that -0.0 survives and packing is bit-exact.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+INT32_MAX = 2**31 - 1
+
+
+def pack_bitmask(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(values, mask, row_offsets), on the CPU, of a [rows, columns] matrix of 2-, 4- or 8-byte floats."""
+    rows = weight.shape[0]
+    if weight.numel() > INT32_MAX:
+        raise ValueError(f"a matrix of {weight.numel()} weights exceeds int32 row offsets")
+    weight = weight.detach().cpu().contiguous()
+    bits = weight.view(_BITS[weight.element_size()])
+    present = bits != 0
+    mask = torch.from_numpy(np.packbits(present.numpy(), axis=1, bitorder="little"))
+    row_offsets = torch.zeros(rows + 1, dtype=torch.int32)
+    row_offsets[1:] = present.sum(dim=1).cumsum(dim=0)
+    values = bits.masked_select(present).view(weight.dtype)
+    return values, mask, row_offsets
+
+
+def unpack_bitmask(values: Tensor, mask: Tensor, row_offsets: Tensor, columns: int) -> Tensor:
+    """The [rows, columns] matrix; ValueError if the three parts do not belong together."""
+    rows = mask.shape[0]
+    if mask.dtype != torch.uint8 or mask.shape != (rows, -(-columns // 8)):
+        raise ValueError(f"mask {mask.dtype} {tuple(mask.shape)} does not fit {columns} columns")
+    if row_offsets.dtype != torch.int32 or row_offsets.shape != (rows + 1,):
+        raise ValueError(f"row offsets {row_offsets.dtype} {tuple(row_offsets.shape)} do not fit")
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    present = ((mask.unsqueeze(-1) >> shifts) & 1).view(torch.bool).reshape(rows, mask.shape[1] * 8)
+    if bool(present[:, columns:].any()):
+        raise ValueError("mask has bits set beyond the last column")
+    present = present[:, :columns]
+    counts = present.sum(dim=1)
+    expected = torch.zeros(rows + 1, dtype=torch.int64, device=mask.device)
+    torch.cumsum(counts, dim=0, out=expected[1:])
+    if not torch.equal(expected, row_offsets.to(torch.int64)):
+        raise ValueError("row offsets disagree with the mask")
+    if values.dim() != 1 or values.numel() != int(expected[-1]):
+        raise ValueError(f"{values.numel()} values for {int(expected[-1])} set bits")
+    bits = values.contiguous().view(_BITS[values.element_size()])
+    weight = torch.zeros(rows, columns, dtype=bits.dtype, device=values.device)
+    weight.masked_scatter_(present, bits)
+    return weight.view(values.dtype)
+
+
+def bitmask_bytes(rows: int, columns: int, nonzeros: int, element_size: int) -> int:
+    """Bytes of the three parts together."""
+    return nonzeros * element_size + rows * -(-columns // 8) + 4 * (rows + 1)

@@ -1,0 +1,30 @@
+"""From a checkpoint on disk to a model that runs. Knows formats, never methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import llmsqueeze.integration  # noqa: F401  registers the format with transformers
+from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.errors import CheckpointError
+
+
+def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+    """The causal language model, ready to run. checkpoint: opened, hence already checked.
+
+    Raises CheckpointError if transformers reports a tensor missing, left over or of another shape.
+    """
+    model, info = AutoModelForCausalLM.from_pretrained(
+        checkpoint.path,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info.get(problem):
+            raise CheckpointError(f"{checkpoint.path}: {problem} {sorted(map(str, info[problem]))[0]}")
+    return model.to(device).eval()

@@ -1,0 +1,238 @@
+"""A directory of safetensors shards: read with suspicion, written one tensor at a time.
+
+Headers are validated by the safetensors library (sizes, offsets, coverage of the file); what it
+cannot know is checked here: that the index and the shards agree and that nothing points elsewhere.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmsqueeze.errors import CheckpointError, ResourceError
+
+# Shards close at this size: it bounds the memory that finished but unwritten tensors take.
+SHARD_BYTES = 512 * 2**20
+
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U8": torch.uint8,
+    "I32": torch.int32,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies. dtype is safetensors' own name for it, such as "BF16"."""
+
+    file: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What the manifest says of a shard. header_sha256 is cheap enough to check at every load."""
+
+    bytes: int
+    sha256: str
+    header_sha256: str
+
+
+def list_shards(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, or the only one there is."""
+    indexes = sorted(directory.glob("*.safetensors.index.json"))
+    if len(indexes) > 1:
+        names = ", ".join(path.name for path in indexes)
+        raise CheckpointError(f"{directory}: several weight indexes ({names}); keep one")
+    if indexes:
+        return [directory / name for name in sorted(set(_weight_map(indexes[0]).values()))]
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
+            raise CheckpointError(
+                f"{directory}: only pickle weights (.bin); loading them runs code from the file. "
+                "Convert them with transformers' save_pretrained, which writes safetensors"
+            )
+        raise CheckpointError(f"{directory}: no safetensors weights found")
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{directory}: {len(files)} safetensors files and no *.safetensors.index.json that "
+            "says which belong to the model"
+        )
+    return files
+
+
+def read_headers(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint by name, after checking shards against each other and the index."""
+    tensors: dict[str, StoredTensor] = {}
+    for file in list_shards(directory):
+        for tensor in _read_header(file):
+            if tensor.name in tensors:
+                other = tensors[tensor.name].file.name
+                raise CheckpointError(f"{tensor.name} is in both {other} and {file.name}")
+            tensors[tensor.name] = tensor
+    for index in directory.glob("*.safetensors.index.json"):
+        for name, file_name in _weight_map(index).items():
+            found = tensors.get(name)
+            if found is None or found.file.name != file_name:
+                raise CheckpointError(f"{index.name} places {name} in {file_name}; it is not there")
+        extra = sorted(set(tensors) - set(_weight_map(index)))
+        if extra:
+            raise CheckpointError(f"{index.name} does not list {extra[0]}, which the shards hold")
+    return tensors
+
+
+def load(tensors: Iterable[StoredTensor]) -> dict[str, Tensor]:
+    """Read tensors by name to the CPU; each shard is opened once and closed again."""
+    loaded: dict[str, Tensor] = {}
+    by_file: dict[Path, list[StoredTensor]] = {}
+    for tensor in tensors:
+        by_file.setdefault(tensor.file, []).append(tensor)
+    for file, wanted in by_file.items():
+        with _open(file) as handle:
+            for tensor in wanted:
+                try:
+                    value: Tensor = handle.get_tensor(tensor.name)
+                except SafetensorError as error:
+                    raise CheckpointError(f"{file}: {tensor.name}: {error}") from error
+                if value.dtype != DTYPES.get(tensor.dtype) or tuple(value.shape) != tensor.shape:
+                    raise CheckpointError(f"{file}: {tensor.name} changed while it was being read")
+                loaded[tensor.name] = value
+    return loaded
+
+
+def hash_file(file: Path) -> str:
+    """sha256 of the whole file, hex."""
+    with _readable(file) as stream:
+        digest = hashlib.sha256()
+        while chunk := stream.read(8 * 2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_header(file: Path) -> str:
+    """sha256 of a safetensors file's length word and JSON header, hex."""
+    with _readable(file) as stream:
+        prefix = stream.read(8)
+        size = int.from_bytes(prefix, "little")
+        if len(prefix) < 8 or size > file.stat().st_size:
+            raise CheckpointError(f"{file}: not a safetensors file, or cut short")
+        return hashlib.sha256(prefix + stream.read(size)).hexdigest()
+
+
+class ShardWriter:
+    """Writes tensors into a directory as a standard sharded checkpoint.
+
+    Tensors are buffered until SHARD_BYTES and written in the order they were added; finish() gives
+    the shards their final names and writes the index.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._parts: list[list[str]] = []
+        self._names: set[str] = set()
+        self.total_bytes = 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Queue one tensor; a copy on the CPU is what will be written."""
+        if name in self._names:
+            raise ValueError(f"{name} was added twice")
+        self._names.add(name)
+        tensor = tensor.detach().cpu().contiguous()
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > SHARD_BYTES:
+            self._flush()
+        self._pending[name] = tensor
+        self._pending_bytes += size
+        self.total_bytes += size
+
+    def finish(self) -> dict[str, ShardRecord]:
+        """Write what is left and the index; returns what the manifest needs of each shard."""
+        self._flush()
+        count = len(self._parts)
+        records: dict[str, ShardRecord] = {}
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self._parts, start=1):
+            final = f"model-{number:05d}-of-{count:05d}.safetensors"
+            if count == 1:
+                final = "model.safetensors"
+            path = self._part(number).rename(self._directory / final)
+            weight_map.update(dict.fromkeys(names, final))
+            records[final] = ShardRecord(path.stat().st_size, hash_file(path), hash_header(path))
+        if count > 1:
+            index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            (self._directory / "model.safetensors.index.json").write_text(text)
+        return records
+
+    def _part(self, number: int) -> Path:
+        return self._directory / f"part-{number:05d}.safetensors"
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        self._parts.append(list(self._pending))
+        path = self._part(len(self._parts))
+        try:
+            save_file(self._pending, path, metadata={"format": "pt"})
+        except (SafetensorError, OSError) as error:
+            if "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
+                raise ResourceError(
+                    f"no space left on the disk of {self._directory.parent}; nothing was published"
+                ) from error
+            raise
+        self._pending = {}
+        self._pending_bytes = 0
+
+
+def _open(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt", device="cpu")
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: missing; the download or copy is incomplete") from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a valid safetensors file ({error})") from error
+
+
+def _readable(file: Path):  # type: ignore[no-untyped-def]
+    try:
+        return file.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _read_header(file: Path) -> Iterator[StoredTensor]:
+    with _open(file) as handle:
+        for name in handle.keys():  # noqa: SIM118  a safe_open is no mapping
+            part = handle.get_slice(name)
+            yield StoredTensor(file, name, str(part.get_dtype()), tuple(part.get_shape()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{index}: not a weight index ({type(error).__name__})") from error
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map is empty or not a mapping")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+            raise CheckpointError(f"{index}: {name} points outside the directory ({file_name!r})")
+        if not file_name.endswith(".safetensors"):
+            raise CheckpointError(f"{index}: {name} is in {file_name!r}, not in safetensors")
+    return weight_map
