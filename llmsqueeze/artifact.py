@@ -139,9 +139,8 @@ def read_manifest(directory: Path, config: dict[str, Any]) -> Manifest | None:
         raise CheckpointError(f"{path}: not UTF-8 text") from error
     if (manifest.format == "llmsqueeze") != ours:
         raise CheckpointError(f"{path} says format {manifest.format!r}; config.json disagrees")
-    if isinstance(quantization, dict) and ours:
-        if quantization.get("manifest_sha256") != hashlib.sha256(data).hexdigest():
-            raise CheckpointError(f"{path} was changed after config.json was written")
+    if ours and (quantization or {}).get("manifest_sha256") != hashlib.sha256(data).hexdigest():
+        raise CheckpointError(f"{path} was changed after config.json was written")
     files = {file.name: file for file in list_shards(directory)}
     if set(files) != set(manifest.shards):
         raise CheckpointError(f"{directory}: the shards are not those that {MANIFEST_NAME} lists")
@@ -167,7 +166,9 @@ def verify(directory: Path, manifest: Manifest) -> list[str]:
 def decode(site: str, record: SiteRecord, parts: dict[str, Tensor]) -> Tensor:
     """The [out, in] weight from its parts (keys of BITMASK_PARTS)."""
     try:
-        weight = unpack_bitmask(*(parts[part] for part in BITMASK_PARTS), record.shape[1])
+        weight = unpack_bitmask(
+            parts["values"], parts["mask"], parts["row_offsets"], record.shape[1]
+        )
     except (ValueError, KeyError) as error:
         raise CheckpointError(f"{site}: damaged bitmask encoding ({error})") from error
     if tuple(weight.shape) != record.shape:
@@ -187,7 +188,9 @@ class ArtifactWriter:
     def __enter__(self) -> ArtifactWriter:
         try:
             self._out.parent.mkdir(parents=True, exist_ok=True)
-            made = tempfile.mkdtemp(prefix=f".{self._out.name}.", suffix=".partial", dir=self._out.parent)
+            made = tempfile.mkdtemp(
+                prefix=f".{self._out.name}.", suffix=".partial", dir=self._out.parent
+            )
         except OSError as error:
             raise ResourceError(f"cannot write to {self._out.parent} ({error.strerror})") from error
         self.directory = Path(made)
@@ -267,11 +270,14 @@ class ArtifactWriter:
 
 
 def publish_directory(finished: Path, out: Path) -> None:
-    """Rename `finished` to `out`; a checkpoint that stood there is removed only after that succeeded."""
-    for path in finished.iterdir():
-        with path.open("rb") as stream:
-            os.fsync(stream.fileno())
+    """Rename `finished` to `out`; a checkpoint that stood there is removed only after that succeeded.
+
+    No fsync: a power cut may still lose what was written, but then the hashes do not match and
+    nothing damaged loads.
+    """
     finished.chmod(0o755)
+    for path in finished.iterdir():
+        path.chmod(0o644)  # safetensors creates files for the owner alone
     if not out.exists():
         finished.rename(out)
         return

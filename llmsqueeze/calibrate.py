@@ -8,11 +8,13 @@ this file.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import greenlet
 import torch
 from torch import Tensor, nn
 
@@ -20,8 +22,8 @@ from llmsqueeze.checkpoint import Checkpoint, place
 from llmsqueeze.errors import CalibrationError
 from llmsqueeze.numerics.stats import InputStats
 
-# Tokens per forward pass. On a CPU small batches stay in cache; a GPU wants to be filled.
-CPU_BATCH_TOKENS = 512
+# Tokens per forward pass: enough to amortise reading the weights, few enough to stay in cache.
+CPU_BATCH_TOKENS = 2048
 GPU_BATCH_TOKENS = 16384
 
 
@@ -39,19 +41,26 @@ class Site:
 
 
 class BlockStep:
-    """One block, loaded and measured, for the caller to compress before the walk goes on.
+    """One block for the caller to compress before the walk goes on.
 
-    index; tensors: every parameter of the block by full name, in stored dtype on the compute device.
+    index; tensors: every parameter of the block by full name, in stored dtype on the compute device;
+    sites: the linears, each as soon as its statistics are complete. Take them all, in order.
     """
 
-    def __init__(self, index: int, tensors: dict[str, Tensor], sites: list[Site]) -> None:
+    def __init__(
+        self, index: int, tensors: dict[str, Tensor], sites: Iterator[Site], model: nn.Module | None
+    ) -> None:
         self.index = index
         self.tensors = tensors
         self.sites = sites
+        self._model = model
 
     def replace(self, site: Site, weight: Tensor) -> None:
-        """Set the compressed weight: what is stored, and what later blocks are calibrated on."""
-        self.tensors[f"{site.name}.weight"] = weight
+        """Set the compressed weight: what is stored, and what everything after it is fed by."""
+        name = f"{site.name}.weight"
+        self.tensors[name] = weight
+        if self._model is not None:
+            self._model.get_parameter(name).data.copy_(weight)
 
 
 def batch_samples(seqlen: int, device: torch.device) -> int:
@@ -68,16 +77,23 @@ def walk(
     dtype: torch.dtype,
     device: torch.device,
     batch: int = 0,
+    order: str = "group",
 ) -> Iterator[BlockStep]:
     """For each block: load, gather `needs`, yield to the caller, propagate, free.
 
     tokens: [samples, seqlen] int64, or None when no statistics are needed. dtype: of the
     computation. batch: samples per pass, 0 for what suits the device.
-    Statistics of a block are those of the uncompressed block fed by the compressed ones before it.
+
+    order "group": each input group is measured after the groups before it were compressed, so one
+    forward pass is enough; every sample's activations inside the block are held at once.
+    order "block": all groups are measured on the uncompressed block, then a second pass propagates;
+    only one batch's activations are held. This is what the papers' code does.
+
     Raises CalibrationError naming the site when activations are not finite.
     """
     measuring = bool(needs) and tokens is not None
     hidden, calls = None, None
+    groups_of: dict[tuple[str, ...], list[list[str]]] = {}
     if measuring:
         assert tokens is not None
         batch = batch or batch_samples(tokens.shape[1], device)
@@ -86,19 +102,26 @@ def walk(
         names = checkpoint.block_parameters(index)
         tensors = {n: t.to(device) for n, t in checkpoint.read(names).items()}
         linears = checkpoint.linears(index)
-        stats: dict[str, InputStats] = {}
-        if hidden is not None and calls is not None:
-            place(checkpoint.model, tensors, dtype, device)
-            move_buffers(block, device)
-            stats = _measure(block, linears, hidden, calls[index], batch, needs)
-        sites = [Site(name, tensors[f"{name}.weight"], stats.get(name)) for name in linears]
-        yield BlockStep(index, tensors, sites)
-        if hidden is not None and calls is not None:
-            if index + 1 < checkpoint.block_count:
-                place(checkpoint.model, tensors, dtype, device)
-                _propagate(block, hidden, calls[index], batch)
-            calls[index] = {}
-            block.to("meta")
+        if hidden is None or calls is None:
+            sites = (Site(name, tensors[f"{name}.weight"], None) for name in linears)
+            yield BlockStep(index, tensors, sites, None)
+            continue
+        place(checkpoint.model, tensors, dtype, device)
+        move_buffers(block, device)
+        run = _Run(block, hidden, calls[index], batch, last=index + 1 == checkpoint.block_count)
+        # Blocks with the same linears group them alike: one block of each kind is probed.
+        prefix = f"{checkpoint.blocks_path}.{index}."
+        kind = tuple(name.removeprefix(prefix) for name in linears)
+        if kind not in groups_of:
+            found = find_groups(run, linears)
+            groups_of[kind] = [[name.removeprefix(prefix) for name in names] for names in found]
+        groups = [[prefix + name for name in names] for names in groups_of[kind]]
+        measured = (_one_pass if order == "group" else _two_passes)(run, linears, groups, needs)
+        yield BlockStep(index, tensors, _sites(measured, tensors), checkpoint.model)
+        for _ in measured:
+            raise RuntimeError(f"block {index}: the caller left sites behind")
+        calls[index] = {}
+        block.to("meta")
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:
@@ -179,74 +202,153 @@ def place_meta(model: nn.Module, name: str) -> None:
     setattr(module, leaf, nn.Parameter(getattr(module, leaf).to("meta"), requires_grad=False))
 
 
-def _run(block: nn.Module, hidden: Tensor, calls: dict[int, _Call]) -> Tensor:
-    args, kwargs = calls[hidden.shape[0]]
-    out = block(hidden, *args, **kwargs)
-    # Blocks return a bare tensor in transformers 5; indexing it would drop the batch.
-    result: Tensor = out[0] if isinstance(out, tuple) else out
-    return result
+@dataclass(frozen=True)
+class _Run:
+    """How to run one block over the calibration activations. last: its output is not needed."""
+
+    block: nn.Module
+    hidden: Tensor
+    calls: dict[int, _Call]
+    batch: int
+    last: bool
+
+    @property
+    def starts(self) -> range:
+        return range(0, self.hidden.shape[0], self.batch)
+
+    def forward(self, start: int) -> Tensor:
+        """The block's output for the batch that begins at sample `start`."""
+        x = self.hidden[start : start + self.batch]
+        args, kwargs = self.calls[x.shape[0]]
+        out = self.block(x, *args, **kwargs)
+        # Blocks return a bare tensor in transformers 5; indexing that would drop the batch.
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def propagate(self, start: int) -> None:
+        """Replace that batch's inputs by the outputs, in place."""
+        self.hidden[start : start + self.batch] = self.forward(start)
 
 
-def _propagate(block: nn.Module, hidden: Tensor, calls: dict[int, _Call], batch: int) -> None:
-    """Replace the block's inputs by its outputs, in place."""
-    for start in range(0, hidden.shape[0], batch):
-        hidden[start : start + batch] = _run(block, hidden[start : start + batch], calls)
+# Site names of one input group with their statistics.
+_Measured = tuple[list[str], InputStats]
 
 
-def _measure(
-    block: nn.Module,
-    linears: dict[str, nn.Linear],
-    hidden: Tensor,
-    calls: dict[int, _Call],
-    batch: int,
-    needs: frozenset[str],
-) -> dict[str, InputStats]:
-    """Statistics per linear; linears fed by the same tensor share one object.
+def _sites(measured: Iterator[_Measured], tensors: dict[str, Tensor]) -> Iterator[Site]:
+    for names, stats in measured:
+        if not stats.is_finite():
+            raise CalibrationError(
+                f"activations entering {names[0]} are NaN or Inf; try --dtype float32, or check "
+                "the checkpoint with `llmsqueeze eval`"
+            )
+        for name in names:
+            yield Site(name, tensors[f"{name}.weight"], stats)
 
-    The groups are found on the first batch, by identity of the input. Later batches stop as soon as
-    the last group was seen: what follows (the last projection) would be computed for nothing.
-    """
-    group_of: dict[str, InputStats] = {}
-    leaders: list[str] = []
-    seen: list[tuple[weakref.ref[Tensor], InputStats]] = []
-    grouping = True
+
+def find_groups(run: _Run, linears: dict[str, nn.Linear]) -> list[list[str]]:
+    """Linears fed by the same tensor, in the order of their first call, found by running one batch."""
+    groups: list[list[str]] = []
+    seen: list[weakref.ref[Tensor]] = []
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
-            x: Tensor = args[0]
-            if not grouping:
-                if name in leaders:
-                    group_of[name].update(x)
-                    if name == leaders[-1]:
-                        raise _Stop
-                return
-            for reference, stats in seen:
-                if reference() is x:
-                    group_of[name] = stats
+        def group(module: nn.Module, args: tuple[Any, ...]) -> None:
+            for reference, names in zip(seen, groups, strict=True):
+                if reference() is args[0]:
+                    names.append(name)
                     return
-            stats = InputStats(x.shape[-1], needs, x.device)
-            stats.update(x)
-            seen.append((weakref.ref(x), stats))
-            group_of[name] = stats
-            leaders.append(name)
+            seen.append(weakref.ref(args[0]))
+            groups.append([name])
+
+        return group
+
+    with _hooked(linears, hook):
+        run.forward(0)
+    missing = set(linears) - {name for names in groups for name in names}
+    if missing:
+        raise CalibrationError(
+            f"{min(missing)} took no part in the forward pass; its architecture is not supported"
+        )
+    return groups
+
+
+@torch.no_grad()
+def _two_passes(
+    run: _Run, linears: dict[str, nn.Linear], groups: list[list[str]], needs: frozenset[str]
+) -> Iterator[_Measured]:
+    """Measure every group on the uncompressed block, yield them, then propagate."""
+    stats = {names[0]: _new_stats(linears, names, needs) for names in groups}
+
+    def hook(leader: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
+            stats[leader].update(args[0])
+            if leader == groups[-1][0]:
+                raise _Stop  # what follows would be computed for nothing
 
         return gather
 
+    with _hooked({names[0]: linears[names[0]] for names in groups}, hook):
+        for start in run.starts:
+            with contextlib.suppress(_Stop):
+                run.forward(start)
+    for names in groups:
+        yield names, stats[names[0]]
+    if not run.last:
+        for start in run.starts:
+            run.propagate(start)
+
+
+@torch.no_grad()
+def _one_pass(
+    run: _Run, linears: dict[str, nn.Linear], groups: list[list[str]], needs: frozenset[str]
+) -> Iterator[_Measured]:
+    """Advance every batch to the next group, yield the group to be compressed, go on from there.
+
+    Each batch's forward is a coroutine that pauses inside the block, in the hook of a group's first
+    linear: this needs no knowledge of how the block is written.
+    """
+    current: InputStats
+    main = greenlet.getcurrent()
+
+    def hook(leader: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
+            current.update(args[0])
+            main.switch(leader)
+
+        return gather
+
+    batches = [greenlet.greenlet(functools.partial(run.propagate, start)) for start in run.starts]
+    try:
+        with _hooked({names[0]: linears[names[0]] for names in groups}, hook):
+            for names in groups:
+                current = _new_stats(linears, names, needs)
+                for batch in batches:
+                    if batch.switch() != names[0]:
+                        raise RuntimeError(f"batches reach {names[0]} in different orders")
+                yield names, current
+                main = greenlet.getcurrent()  # the caller may resume us from elsewhere
+            if not run.last:
+                for batch in batches:
+                    batch.switch()
+    finally:
+        for batch in batches:
+            batch.throw()  # unwinds what is still paused, and nothing else
+
+
+def _new_stats(
+    linears: dict[str, nn.Linear], names: list[str], needs: frozenset[str]
+) -> InputStats:
+    weight = linears[names[0]].weight
+    return InputStats(weight.shape[1], needs, weight.device)
+
+
+@contextlib.contextmanager
+def _hooked(
+    linears: dict[str, nn.Linear],
+    hook: Callable[[str], Callable[[nn.Module, tuple[Any, ...]], None]],
+) -> Iterator[None]:
     handles = [m.register_forward_pre_hook(hook(name)) for name, m in linears.items()]
     try:
-        for start in range(0, hidden.shape[0], batch):
-            with contextlib.suppress(_Stop):
-                _run(block, hidden[start : start + batch], calls)
-            grouping = False
+        yield
     finally:
         for handle in handles:
             handle.remove()
-    for name in linears:
-        if name not in group_of:
-            raise CalibrationError(f"{name} took no part in the forward pass; exclude it by --ignore")
-        if not group_of[name].is_finite():
-            raise CalibrationError(
-                f"activations entering {name} are NaN or Inf; try --dtype float32, or check the "
-                "checkpoint with `llmsqueeze eval`"
-            )
-    return group_of

@@ -67,7 +67,9 @@ def _licence(readme: Path) -> dict[str, Any]:
     """The licence keys of the source's own card, if it has one."""
     if not readme.is_file():
         return {}
-    match = re.match(r"---\n(.*?)\n---\n", readme.read_text(encoding="utf-8", errors="replace"), re.S)
+    match = re.match(
+        r"---\n(.*?)\n---\n", readme.read_text(encoding="utf-8", errors="replace"), re.S
+    )
     try:
         head = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:

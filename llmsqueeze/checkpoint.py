@@ -18,6 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from llmsqueeze.architectures import blocks_path
 from llmsqueeze.artifact import BITMASK_PARTS, Manifest, SiteRecord, decode, read_manifest
@@ -247,7 +248,9 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def place(model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device) -> None:
+def place(
+    model: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> None:
     """Put tensors into the skeleton as parameters on `device`, floats cast to `dtype`."""
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
@@ -269,7 +272,8 @@ def _skeleton(path: Path) -> Any:
         config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        with init_empty_weights(include_buffers=False):
+        # Random initial values would be thrown away, and take longer than everything else here.
+        with no_init_weights(), init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:
         reason = str(error).strip().splitlines()

@@ -21,7 +21,7 @@ from llmsqueeze import __version__
 from llmsqueeze.errors import LlmsqueezeError, RecipeError
 from llmsqueeze.methods import WEIGHT_METHODS
 from llmsqueeze.methods.base import Target
-from llmsqueeze.recipe import DTYPES, Calibration, PruneRecipe, config_fields, method_config
+from llmsqueeze.recipe import DTYPES, ORDERS, Calibration, PruneRecipe, config_fields, method_config
 
 if TYPE_CHECKING:
     from llmsqueeze.checkpoint import Checkpoint
@@ -175,21 +175,30 @@ Embeddings and lm_head are never pruned. The model is read and written one block
 @click.option("--pattern", default="unstructured", show_default=True,
               help="unstructured, or N:M: N kept of every M inputs.")  # fmt: skip
 @click.option("--ignore", multiple=True, metavar="NAME",
-              help="Linear to leave dense: full name, last part (down_proj), or re:REGEX. Repeatable.")  # fmt: skip
+              help="Linear to leave dense: full name, last part (down_proj), or re:REGEX. "
+              "Repeatable.")  # fmt: skip
 @method_options
 @click.option("--calib", metavar="TEXT", default=defaults("text"),
               help="Calibration text: FILE.txt, FILE.jsonl, or a hub dataset NAME[:CONFIG[:SPLIT]]. "
               "[default: bundled texts]")  # fmt: skip
 @click.option("--samples", type=int, default=defaults("samples"), show_default=True,
               help="Calibration windows.")  # fmt: skip
-@click.option("--seqlen", type=int, help="Tokens per window.  [default: 2048, or what the model has]")
+@click.option(
+    "--seqlen", type=int, help="Tokens per window.  [default: 2048, or what the model has]"
+)
 @click.option("--seed", type=int, default=defaults("seed"), show_default=True,
               envvar="LLMSQUEEZE_SEED",
               help="Shuffles bundled texts and document collections; a .txt is never shuffled.")  # fmt: skip
 @click.option("--bos", is_flag=True, help="Start the text with the beginning-of-text token.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
-              help="Precision of calibration; auto: the checkpoint's on a GPU, float32 on a CPU.")  # fmt: skip
-@click.option("--batch-size", type=int, default=0, help="Samples per forward pass.  [default: auto]")
+              help="Precision of calibration; auto: the checkpoint's on a GPU, "
+              "float32 on a CPU.")  # fmt: skip
+@click.option(
+    "--batch-size", type=int, default=0, help="Samples per forward pass.  [default: auto]"
+)
+@click.option("--order", type=click.Choice(ORDERS), default="group", show_default=True,
+              help="group: measure q/k/v, compress, measure o, …: one pass. "
+              "block: measure the whole uncompressed block: two passes, less memory.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
 @device_option
 @checkpoint_options
@@ -209,6 +218,7 @@ def prune(
     bos: bool,
     dtype: str,
     batch_size: int,
+    order: str,
     overwrite: bool,
     device: str,
     offline: bool,
@@ -224,6 +234,7 @@ def prune(
         calibration=Calibration(calib, samples, seqlen, seed, bos),
         dtype=dtype,
         batch=batch_size,
+        order=order,
     )
 
     from llmsqueeze import compress
@@ -276,8 +287,12 @@ cross-entropy over seqlen-1 predictions per window. Not comparable with word per
 )
 @click.argument("checkpoint")
 @click.option("--against", metavar="DENSE", help="Also measure this one, with the same settings.")
-@click.option("--text", type=click.Path(path_type=Path), help="UTF-8 text file.  [default: bundled]")
-@click.option("--seqlen", type=int, help="Tokens per window.  [default: 2048, or what the model has]")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="UTF-8 text file.  [default: bundled]"
+)
+@click.option(
+    "--seqlen", type=int, help="Tokens per window.  [default: 2048, or what the model has]"
+)
 @click.option("--windows", type=int, help="Only the first so many windows.  [default: all]")
 @click.option("--bos", is_flag=True, help="Start the text with the beginning-of-text token.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
@@ -361,12 +376,16 @@ def evaluate(
     console.result(document, facts(name, rows))
 
 
-@cli.command(help=f"Show what is inside CHECKPOINT: sites, sizes, how it was made.\n\n{CHECKPOINT_HELP}")
+@cli.command(
+    help=f"Show what is inside CHECKPOINT: sites, sizes, how it was made.\n\n{CHECKPOINT_HELP}"
+)
 @click.argument("checkpoint")
 @click.option("--verify", is_flag=True, help="Hash every shard and compare with the manifest.")
 @checkpoint_options
 @common
-def inspect(console: Console, checkpoint: str, verify: bool, offline: bool, cache_dir: Path) -> None:
+def inspect(
+    console: Console, checkpoint: str, verify: bool, offline: bool, cache_dir: Path
+) -> None:
     from rich.table import Table
 
     from llmsqueeze import artifact
@@ -377,7 +396,9 @@ def inspect(console: Console, checkpoint: str, verify: bool, offline: bool, cach
     manifest = opened.manifest
     if verify:
         if manifest is None:
-            raise CheckpointError(f"{name} has no {artifact.MANIFEST_NAME}, so nothing to verify against")
+            raise CheckpointError(
+                f"{name} has no {artifact.MANIFEST_NAME}, so nothing to verify against"
+            )
         damaged = artifact.verify(opened.path, manifest)
         if damaged:
             raise CheckpointError(f"{opened.path / damaged[0]}: contents differ from the manifest")

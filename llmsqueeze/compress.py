@@ -25,7 +25,6 @@ from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.methods import weight_method
 from llmsqueeze.recipe import PruneRecipe, is_ignored
 
-
 DEFAULT_SEQLEN = 2048
 
 
@@ -75,7 +74,7 @@ def prune(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
-    step = {
+    step: dict[str, Any] = {
         "command": "prune",
         "recipe": recipe.to_dict(),
         "source": {"name": source_name, **checkpoint.fingerprint()},
@@ -87,7 +86,9 @@ def prune(
         for name in checkpoint.outer_parameters:
             writer.add(name, checkpoint.read([name])[name])
         total = _Share()
-        for block in walk(checkpoint, tokens, method.NEEDS, dtype, device, recipe.batch):
+        for block in walk(
+            checkpoint, tokens, method.NEEDS, dtype, device, recipe.batch, recipe.order
+        ):
             block_started = time.monotonic()
             reports = {}
             for site in block.sites:
@@ -163,7 +164,9 @@ class _Share:
         return self.zeros / self.weights if self.weights else 0.0
 
 
-def _store(writer: ArtifactWriter, block: BlockStep, reports: dict[str, dict[str, float]]) -> _Share:
+def _store(
+    writer: ArtifactWriter, block: BlockStep, reports: dict[str, dict[str, float]]
+) -> _Share:
     """Write every tensor of a block, the sites named in `reports` in their compressed encoding."""
     share = _Share()
     for name, tensor in block.tensors.items():

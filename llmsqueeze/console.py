@@ -69,7 +69,9 @@ class Console:
             def line(done: int, total: int, detail: str) -> None:
                 elapsed = time.monotonic() - started
                 left = elapsed / done * (total - done)
-                self.note(f"{what} {done}/{total}  {detail}  {left:.0f} s left".replace("    ", "  "))
+                self.note(
+                    f"{what} {done}/{total}  {detail}  {left:.0f} s left".replace("    ", "  ")
+                )
 
             yield line
 

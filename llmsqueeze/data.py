@@ -142,9 +142,7 @@ def _cut(tokens: Tensor, seqlen: int) -> Tensor:
     return tokens[: count * seqlen].reshape(count, seqlen)
 
 
-def _pack(
-    documents: Iterable[str], tokenizer: Any, samples: int, seqlen: int, bos: bool
-) -> Tensor:
+def _pack(documents: Iterable[str], tokenizer: Any, samples: int, seqlen: int, bos: bool) -> Tensor:
     parts: list[Tensor] = []
     length = 0
     for document in documents:

@@ -8,7 +8,7 @@ from llmsqueeze.errors import EnvironmentFault
 
 
 def choose_device(name: str) -> torch.device:
-    """"auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"; EnvironmentFault if it is not there."""
+    """ "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N"; EnvironmentFault if it is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -25,7 +25,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def compute_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """"auto" is the checkpoint's own dtype on a GPU and float32 on a CPU, where 16 bits are slower."""
+    """ "auto" is the checkpoint's own dtype on a GPU and float32 on a CPU, where 16 bits are slower."""
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
     return torch.float32 if device.type == "cpu" else stored

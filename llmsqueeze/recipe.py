@@ -11,6 +11,7 @@ from llmsqueeze.methods import WEIGHT_METHODS, weight_method
 from llmsqueeze.methods.base import Target
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ORDERS = ("group", "block")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class PruneRecipe:
 
     ignore: linears left dense; a full module name, its last components, or `re:` and a regular
     expression searched in the full name. dtype: of the calibration's computation.
-    batch: calibration samples per forward pass; 0 lets the device decide.
+    batch: calibration samples per forward pass; 0 lets the device decide. order: see calibrate.walk.
     """
 
     method: str
@@ -49,10 +50,13 @@ class PruneRecipe:
     calibration: Calibration = field(default_factory=Calibration)
     dtype: str = "auto"
     batch: int = 0
+    order: str = "group"
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise RecipeError(f"dtype {self.dtype!r}; choose from {', '.join(DTYPES)}")
+        if self.order not in ORDERS:
+            raise RecipeError(f"order {self.order!r}; choose from {', '.join(ORDERS)}")
         if self.batch < 0:
             raise RecipeError(f"--batch-size {self.batch}: give a positive number of samples")
         for pattern in self.ignore:
@@ -97,7 +101,9 @@ def is_ignored(name: str, patterns: tuple[str, ...]) -> list[str]:
     return [
         pattern
         for pattern in patterns
-        if (re.search(pattern[3:], name) if pattern.startswith("re:") else _ends_with(name, pattern))
+        if (
+            re.search(pattern[3:], name) if pattern.startswith("re:") else _ends_with(name, pattern)
+        )
     ]
 
 

@@ -25,7 +25,7 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
 
     weight: [out, in], any float dtype; kept entries come back bit-identical.
     """
-    from llmsqueeze.numerics.masks import keep_highest, keep_nm
+    from llmsqueeze.numerics.masks import keep_highest, keep_nm, zero_removed
 
     score = weight.abs()
     if target.pattern:
@@ -33,4 +33,4 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
     else:
         removed = target.removed_of(score.numel())
         keep = keep_highest(score.reshape(1, -1), removed).reshape(score.shape)
-    return Pruned(weight.masked_fill(~keep, 0))
+    return Pruned(zero_removed(weight, keep))

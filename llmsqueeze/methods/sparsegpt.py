@@ -51,7 +51,7 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
     factor, damping, dead = _factor(stats, config.damping)
     w = weight.to(torch.float32, copy=True)
     w[:, dead] = 0
-    rows, columns = w.shape
+    columns = w.shape[1]
     diagonal = factor.diagonal()
     nm = target.pattern
     # An n:m group must lie within one block, or its mask would be chosen from stale weights.

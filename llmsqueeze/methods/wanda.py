@@ -26,7 +26,7 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
     weight: [out, in], any float dtype; kept entries come back bit-identical.
     stats: needs sq_sum of the inputs. ‖x_j‖ is used as a root mean square: the order is the same.
     """
-    from llmsqueeze.numerics.masks import keep_highest, keep_nm
+    from llmsqueeze.numerics.masks import keep_highest, keep_nm, zero_removed
 
     assert stats is not None
     score = weight.float().abs() * stats.rms
@@ -34,4 +34,4 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
         keep = keep_nm(score, target.pattern.n, target.pattern.m)
     else:
         keep = keep_highest(score, target.removed_of(score.shape[1]))
-    return Pruned(weight.masked_fill(~keep, 0))
+    return Pruned(zero_removed(weight, keep))

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# The integer type that shows the bits of a float of so many bytes.
+INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 INT32_MAX = 2**31 - 1
 
 
@@ -23,13 +24,14 @@ def pack_bitmask(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if weight.numel() > INT32_MAX:
         raise ValueError(f"a matrix of {weight.numel()} weights exceeds int32 row offsets")
     weight = weight.detach().cpu().contiguous()
-    bits = weight.view(_BITS[weight.element_size()])
+    # numpy packs and compacts several times faster than torch's masked_select.
+    bits = weight.view(INT_OF_SIZE[weight.element_size()]).numpy()
     present = bits != 0
-    mask = torch.from_numpy(np.packbits(present.numpy(), axis=1, bitorder="little"))
-    row_offsets = torch.zeros(rows + 1, dtype=torch.int32)
-    row_offsets[1:] = present.sum(dim=1).cumsum(dim=0)
-    values = bits.masked_select(present).view(weight.dtype)
-    return values, mask, row_offsets
+    mask = torch.from_numpy(np.packbits(present, axis=1, bitorder="little"))
+    row_offsets = np.zeros(rows + 1, dtype=np.int32)
+    np.cumsum(np.count_nonzero(present, axis=1), out=row_offsets[1:])
+    values = torch.from_numpy(np.compress(present.reshape(-1), bits.reshape(-1)))
+    return values.view(weight.dtype), mask, torch.from_numpy(row_offsets)
 
 
 def unpack_bitmask(values: Tensor, mask: Tensor, row_offsets: Tensor, columns: int) -> Tensor:
@@ -51,7 +53,7 @@ def unpack_bitmask(values: Tensor, mask: Tensor, row_offsets: Tensor, columns: i
         raise ValueError("row offsets disagree with the mask")
     if values.dim() != 1 or values.numel() != int(expected[-1]):
         raise ValueError(f"{values.numel()} values for {int(expected[-1])} set bits")
-    bits = values.contiguous().view(_BITS[values.element_size()])
+    bits = values.contiguous().view(INT_OF_SIZE[values.element_size()])
     weight = torch.zeros(rows, columns, dtype=bits.dtype, device=values.device)
     weight.masked_scatter_(present, bits)
     return weight.view(values.dtype)

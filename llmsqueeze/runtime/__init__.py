@@ -26,5 +26,7 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> An
     )
     for problem in ("missing_keys", "mismatched_keys"):
         if info.get(problem):
-            raise CheckpointError(f"{checkpoint.path}: {problem} {sorted(map(str, info[problem]))[0]}")
+            raise CheckpointError(
+                f"{checkpoint.path}: {problem} {sorted(map(str, info[problem]))[0]}"
+            )
     return model.to(device).eval()
