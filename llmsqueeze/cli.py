@@ -99,7 +99,7 @@ def common(body: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             if error.errno == errno.EPIPE:
                 sys.exit(EXIT_BUG)
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             message = "no space left on the disk; nothing was published" if full else str(error)
             _fail(console, message, 5 if full else 4)
         except Exception as error:

@@ -23,6 +23,9 @@ from llmsqueeze.errors import CheckpointError, ResourceError
 # Shards close at this size: it bounds the memory that finished but unwritten tensors take.
 SHARD_BYTES = 512 * 2**20
 
+# What the system says when nothing more can be written: disk full, quota, file size limit.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
@@ -190,12 +193,12 @@ class ShardWriter:
         path = self._part(len(self._parts))
         try:
             save_file(self._pending, path, metadata={"format": "pt"})
-        except (SafetensorError, OSError) as error:
-            if "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
-                raise ResourceError(
-                    f"no space left on the disk of {self._directory.parent}; nothing was published"
-                ) from error
-            raise
+        except SafetensorError as error:  # wraps the system's error, number in the text
+            if not any(f"(os error {number})" in str(error) for number in NO_ROOM):
+                raise
+            raise ResourceError(
+                f"no space left to write {self._directory.parent} ({error}); nothing was published"
+            ) from error
         self._pending = {}
         self._pending_bytes = 0
 

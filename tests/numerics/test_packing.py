@@ -1,0 +1,87 @@
+"""Bitmask packing: exact for every shape, dtype and bit pattern."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmsqueeze.numerics.packing import INT_OF_SIZE, bitmask_bytes, pack_bitmask, unpack_bitmask
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> Tensor:
+    """Ragged shapes, empty rows, full rows, and any bits at all (NaN, Inf, -0.0, subnormals)."""
+    rows, columns = draw(st.integers(1, 9)), draw(st.integers(1, 40))
+    dtype = draw(st.sampled_from(FLOATS))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    bits = torch.from_numpy(rng.integers(-(2**15), 2**15, (rows, columns)))
+    bits = bits.to(INT_OF_SIZE[dtype.itemsize])
+    fill = draw(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=rows, max_size=rows))
+    keep = torch.from_numpy(rng.random((rows, columns))) < torch.tensor(fill).unsqueeze(1)
+    return (bits * keep).view(dtype)
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    return tensor.view(INT_OF_SIZE[tensor.element_size()])
+
+
+@given(matrices())
+@settings(max_examples=300, deadline=None)
+def test_round_trip_is_bit_exact(weight: Tensor) -> None:
+    values, mask, row_offsets = pack_bitmask(weight)
+    again = unpack_bitmask(values, mask, row_offsets, weight.shape[1])
+    assert again.dtype == weight.dtype
+    assert torch.equal(bits_of(again), bits_of(weight))
+    parts = (values, mask, row_offsets)
+    size = sum(t.numel() * t.element_size() for t in parts)
+    assert size == bitmask_bytes(*weight.shape, values.numel(), weight.element_size())
+
+
+@given(matrices())
+@settings(max_examples=100, deadline=None)
+def test_layout_is_what_the_docstring_says(weight: Tensor) -> None:
+    values, mask, row_offsets = pack_bitmask(weight)
+    flat: list[int] = []
+    for i, row in enumerate(bits_of(weight).tolist()):
+        assert int(row_offsets[i]) == len(flat)
+        for j, bit_pattern in enumerate(row):
+            assert bool(mask[i, j // 8] >> (j % 8) & 1) == (bit_pattern != 0)
+            flat += [bit_pattern] if bit_pattern else []
+        for j in range(len(row), mask.shape[1] * 8):
+            assert not mask[i, j // 8] >> (j % 8) & 1
+    assert int(row_offsets[-1]) == len(flat)
+    assert bits_of(values).tolist() == flat
+
+
+def test_minus_zero_survives() -> None:
+    weight = torch.tensor([[0.0, -0.0, 1.0]])
+    parts = pack_bitmask(weight)
+    assert parts[0].numel() == 2
+    assert torch.signbit(unpack_bitmask(*parts, 3)[0, 1])
+
+
+@pytest.mark.parametrize("damage", ["values", "mask", "padding", "offsets", "dtype", "width"])
+def test_parts_that_disagree_are_refused(damage: str) -> None:
+    weight = torch.arange(30, dtype=torch.float32).reshape(3, 10)
+    values, mask, row_offsets = pack_bitmask(weight)
+    columns = 10
+    if damage == "values":
+        values = values[:-1]
+    elif damage == "mask":
+        mask[1, 0] ^= 4
+    elif damage == "padding":
+        mask[0, 1] |= 128
+    elif damage == "offsets":
+        row_offsets[1] += 1
+    elif damage == "dtype":
+        row_offsets = row_offsets.long()
+    else:
+        columns = 17
+    with pytest.raises(ValueError):
+        unpack_bitmask(values, mask, row_offsets, columns)
