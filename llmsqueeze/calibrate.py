@@ -92,21 +92,22 @@ def walk(
     Raises CalibrationError naming the site when activations are not finite.
     """
     measuring = bool(needs) and tokens is not None
+    model = checkpoint.build(dtype)
     hidden, calls = None, None
     groups_of: dict[tuple[str, ...], list[list[str]]] = {}
     if measuring:
         assert tokens is not None
         batch = batch or batch_samples(tokens.shape[1], device)
-        hidden, calls = _embed(checkpoint, tokens, dtype, device, batch)
-    for index, block in enumerate(checkpoint.blocks):
+        hidden, calls = _embed(checkpoint, model, tokens, dtype, device, batch)
+    for index, block in enumerate(model.get_submodule(checkpoint.blocks_path)):
         names = checkpoint.block_parameters(index)
         tensors = {n: t.to(device) for n, t in checkpoint.read(names).items()}
-        linears = checkpoint.linears(index)
+        linears = {name: model.get_submodule(name) for name in checkpoint.linears(index)}
         if hidden is None or calls is None:
             sites = (Site(name, tensors[f"{name}.weight"], None) for name in linears)
             yield BlockStep(index, tensors, sites, None)
             continue
-        place(checkpoint.model, tensors, dtype, device)
+        place(model, tensors, dtype, device)
         move_buffers(block, device)
         run = _Run(block, hidden, calls[index], batch, last=index + 1 == checkpoint.block_count)
         # Blocks with the same linears group them alike: one block of each kind is probed.
@@ -117,7 +118,7 @@ def walk(
             groups_of[kind] = [[name.removeprefix(prefix) for name in names] for names in found]
         groups = [[prefix + name for name in names] for names in groups_of[kind]]
         measured = (_one_pass if order == "group" else _two_passes)(run, linears, groups, needs)
-        yield BlockStep(index, tensors, _sites(measured, tensors), checkpoint.model)
+        yield BlockStep(index, tensors, _sites(measured, tensors), model)
         for _ in measured:
             raise RuntimeError(f"block {index}: the caller left sites behind")
         calls[index] = {}
@@ -148,10 +149,14 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def _embed(
-    checkpoint: Checkpoint, tokens: Tensor, dtype: torch.dtype, device: torch.device, batch: int
+    checkpoint: Checkpoint,
+    model: Any,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    batch: int,
 ) -> tuple[Tensor, list[dict[int, _Call]]]:
     """Inputs of block 0, [samples, seqlen, hidden], and for every block and batch size its call."""
-    model = checkpoint.model
     head = model.get_output_embeddings()
     unused = {id(p) for p in head.parameters()} - {
         id(p) for p in model.get_input_embeddings().parameters()
@@ -159,7 +164,8 @@ def _embed(
     names = [n for n in checkpoint.outer_parameters if id(model.get_parameter(n)) not in unused]
     place(model, checkpoint.read(names), dtype, device)
     move_buffers(model, device)
-    calls: list[dict[int, _Call]] = [{} for _ in checkpoint.blocks]
+    blocks = model.get_submodule(checkpoint.blocks_path)
+    calls: list[dict[int, _Call]] = [{} for _ in blocks]
     hidden: Tensor | None = None
 
     def recorder(index: int) -> Callable[..., Tensor]:
@@ -180,14 +186,14 @@ def _embed(
 
         return record
 
-    for index, block in enumerate(checkpoint.blocks):
+    for index, block in enumerate(blocks):
         block.forward = recorder(index)  # type: ignore[method-assign]
     try:
         for start in range(0, tokens.shape[0], batch):
             with contextlib.suppress(_Stop):
                 model(tokens[start : start + batch].to(device), use_cache=False)
     finally:
-        for block in checkpoint.blocks:
+        for block in blocks:
             del block.forward  # the class's own forward shows again
     for name in names:
         place_meta(model, name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,8 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.initialization import no_init_weights
 
 from llmsqueeze.architectures import blocks_path
@@ -45,8 +47,7 @@ class Checkpoint:
     """An opened checkpoint directory.
 
     path; config: config.json as parsed; manifest: None for a plain Hugging Face checkpoint;
-    model: the causal language model with parameters on the meta device and real buffers;
-    sources: parameter name → where it lies.
+    model: the empty model whose names and shapes count; sources: parameter name → where it lies.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,8 +64,31 @@ class Checkpoint:
         self.manifest: Manifest | None = read_manifest(path, self.config)
         stored = read_headers(path)
         self._check_depth(len(stored))
-        self.model = _skeleton(path)
+        self.model = self.build(None)
         self.sources: dict[str, Source] = self._match(stored)
+
+    def build(self, dtype: torch.dtype | None) -> Any:
+        """A causal language model with parameters on the meta device and real buffers.
+
+        dtype: of the computation; some families round constants (Gemma's embedding scale) to it.
+        """
+        # Whatever transformers raises here, it raises because of what config.json says.
+        try:
+            config = AutoConfig.from_pretrained(
+                self.path, local_files_only=True, trust_remote_code=False
+            )
+            if hasattr(config, "quantization_config"):
+                del config.quantization_config
+            # Random initial values would be thrown away, and take longer than everything else here.
+            with no_init_weights(), init_empty_weights(include_buffers=False):
+                model = AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=False, **({"dtype": dtype} if dtype else {})
+                )
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [repr(error)]
+            file = self.path / "config.json"
+            raise CheckpointError(f"{file}: no model can be built from it ({lines[0]})") from error
+        return model.eval()
 
     @property
     def block_count(self) -> int:
@@ -151,6 +175,11 @@ class Checkpoint:
                 total += elements * DTYPES[stored.dtype].itemsize
         return total
 
+    def stored_name(self, parameter: str) -> str:
+        """The name to write a parameter under: the one it was found under, if transformers knows it."""
+        source = self.sources[parameter]
+        return source.name if isinstance(source, StoredTensor) else parameter
+
     def fingerprint(self) -> dict[str, Any]:
         """sha256 of config.json and of every shard: what a result depends on."""
         return {
@@ -174,13 +203,16 @@ class Checkpoint:
         expected.update((n, p) for n, p in self.model.state_dict().items() if n not in tied)
         for name in tied:
             expected.pop(name, None)
-        prefix = self.model.base_model_prefix
         ignored = [*_OBSOLETE, *(self.model._keys_to_ignore_on_load_unexpected or ())]
 
         rest: dict[str, StoredTensor] = {}
         for name, tensor in stored.items():
-            known = _owner(name) in expected or name in tied
-            rest[name if known else f"{prefix}.{name}"] = tensor
+            parameter = self._parameter_name(name, expected.keys() | tied.keys())
+            if parameter in rest:
+                raise CheckpointError(
+                    f"{self.path}: {name} and {rest[parameter].name} are the same"
+                )
+            rest[parameter] = tensor
         sources: dict[str, Source] = {}
         for name, parameter in expected.items():
             source = self._take(name, rest)
@@ -201,6 +233,22 @@ class Checkpoint:
                     f"{self.path}: {tensor.name} does not belong to a {self.config['model_type']}"
                 )
         return sources
+
+    def _parameter_name(self, stored: str, known: Set[str]) -> str:
+        """The model's name for a stored tensor: renamed as transformers would, or as it is."""
+        prefix = self.model.base_model_prefix + "."
+        renamed = stored
+        for renaming in self._renamings:
+            renamed, _ = renaming.rename_source_key(renamed)
+        for name in (renamed, prefix + renamed, stored, prefix + stored):
+            if _owner(name) in known:
+                return name
+        return stored
+
+    @cached_property
+    def _renamings(self) -> list[Any]:
+        mapping = get_model_conversion_mapping(self.model)
+        return [entry for entry in mapping if not isinstance(entry, WeightConverter)]
 
     def _take(self, name: str, rest: dict[str, StoredTensor]) -> Source | None:
         """Remove from `rest` what stores parameter `name`."""
@@ -264,20 +312,3 @@ def _owner(name: str) -> str:
         if name.endswith(f".weight_{part}"):
             return name.removesuffix(f"_{part}")
     return name
-
-
-def _skeleton(path: Path) -> Any:
-    # Whatever transformers raises here, it raises because of what config.json says.
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        # Random initial values would be thrown away, and take longer than everything else here.
-        with no_init_weights(), init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{path / 'config.json'}: no model can be built from it ({reason[0] if reason else error!r})"
-        ) from error
-    return model.eval()

@@ -84,7 +84,7 @@ def prune(
     }
     with ArtifactWriter(out, overwrite=overwrite) as writer, exact_matmul():
         for name in checkpoint.outer_parameters:
-            writer.add(name, checkpoint.read([name])[name])
+            writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
         total = _Share()
         for block in walk(
             checkpoint, tokens, method.NEEDS, dtype, device, recipe.batch, recipe.order
@@ -96,7 +96,7 @@ def prune(
                     pruned = method.prune(site.weight, site.stats, recipe.target, recipe.config)
                     block.replace(site, pruned.weight)
                     reports[site.name] = pruned.report
-            share = _store(writer, block, reports)
+            share = _store(writer, checkpoint, block, reports)
             total += share
             seconds = time.monotonic() - block_started
             on_block(BlockDone(block.index, checkpoint.block_count, share.sparsity, seconds))
@@ -137,11 +137,13 @@ def convert(
     known = checkpoint.manifest.sites if checkpoint.manifest else None
     with ArtifactWriter(out, format=format, overwrite=overwrite) as writer:
         for name in checkpoint.outer_parameters:
-            writer.add(name, checkpoint.read([name])[name])
+            writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
         for block in walk(checkpoint, None, frozenset(), torch.float32, torch.device("cpu")):
             started = time.monotonic()
             names = [site.name for site in block.sites if known is None or site.name in known]
-            share = _store(writer, block, {n: known[n].report if known else {} for n in names})
+            share = _store(
+                writer, checkpoint, block, {n: known[n].report if known else {} for n in names}
+            )
             seconds = time.monotonic() - started
             on_block(BlockDone(block.index, checkpoint.block_count, share.sparsity, seconds))
         steps = checkpoint.manifest.steps if checkpoint.manifest else []
@@ -165,7 +167,10 @@ class _Share:
 
 
 def _store(
-    writer: ArtifactWriter, block: BlockStep, reports: dict[str, dict[str, float]]
+    writer: ArtifactWriter,
+    checkpoint: Checkpoint,
+    block: BlockStep,
+    reports: dict[str, dict[str, float]],
 ) -> _Share:
     """Write every tensor of a block, the sites named in `reports` in their compressed encoding."""
     share = _Share()
@@ -175,7 +180,7 @@ def _store(
             record = writer.add_site(site, tensor, reports[site])
             share += _Share(tensor.numel() - record.nonzeros, tensor.numel())
         else:
-            writer.add(name, tensor)
+            writer.add(checkpoint.stored_name(name), tensor)
     return share
 
 

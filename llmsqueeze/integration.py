@@ -77,6 +77,12 @@ class LlmsqueezeQuantizer(HfQuantizer):
         Checkpoint(Path(checkpoint_files[0]).parent)
         return model
 
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        # transformers would undo on save what it applied on load; a dense model has nothing to undo.
+        kept = [c for c in model._weight_conversions or () if not _is_ours(c)]
+        model._weight_conversions = kept or None
+        return model
+
     def get_weight_conversions(self) -> list[WeightConverter]:
         patterns = [_pattern(part) for part in BITMASK_PARTS]
         return [WeightConverter(patterns, "weight", [_Decode(self)])]
@@ -91,6 +97,10 @@ class LlmsqueezeQuantizer(HfQuantizer):
 
 def _pattern(part: str) -> str:
     return f"weight_{part}"
+
+
+def _is_ours(conversion: Any) -> bool:
+    return any(isinstance(op, _Decode) for op in getattr(conversion, "operations", ()))
 
 
 def _single(value: Any) -> Tensor:

@@ -60,7 +60,9 @@ def test_eval_json_contract(cli: Cli, tiny: Tiny, tmp_path: Path, prune_args: li
     assert document["token_ppl"] != document["dense_token_ppl"]
 
 
-def test_tables_for_people_and_lines_on_stderr(cli: Cli, tiny: Tiny, tmp_path: Path, text_file: Path) -> None:
+def test_tables_for_people_and_lines_on_stderr(
+    cli: Cli, tiny: Tiny, tmp_path: Path, text_file: Path
+) -> None:
     result = cli("prune", tiny(), "-o", tmp_path / "out", "--method", "magnitude")
     assert result.exit_code == 0
     assert "50.00% of 21 linears" in result.stdout
@@ -123,7 +125,9 @@ def test_convert_round_trip_is_bit_exact(
         assert torch.equal(a.view(torch.int16), b.view(torch.int16)), name
 
 
-def test_ignore_leaves_linears_dense(cli: Cli, tiny: Tiny, tmp_path: Path, prune_args: list[Any]) -> None:
+def test_ignore_leaves_linears_dense(
+    cli: Cli, tiny: Tiny, tmp_path: Path, prune_args: list[Any]
+) -> None:
     result = cli("prune", tiny(), "-o", tmp_path / "out", "--json", "--ignore", "down_proj",
                  "--ignore", r"re:layers\.0\.", "--ignore", "lm_head", *prune_args)  # fmt: skip
     names = [site["name"] for site in json.loads(result.stdout)["sites"]]
@@ -131,7 +135,9 @@ def test_ignore_leaves_linears_dense(cli: Cli, tiny: Tiny, tmp_path: Path, prune
     assert not any("down_proj" in name or "layers.0." in name for name in names)
 
 
-def test_chained_steps_are_kept(cli: Cli, tiny: Tiny, tmp_path: Path, prune_args: list[Any]) -> None:
+def test_chained_steps_are_kept(
+    cli: Cli, tiny: Tiny, tmp_path: Path, prune_args: list[Any]
+) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     assert cli("prune", tiny(), "-o", one, "--sparsity", 0.3, *prune_args).exit_code == 0
     assert cli("prune", one, "-o", two, "--sparsity", 0.6, *prune_args).exit_code == 0
@@ -165,7 +171,13 @@ def test_chained_steps_are_kept(cli: Cli, tiny: Tiny, tmp_path: Path, prune_args
     ],
 )  # fmt: skip
 def test_bad_requests_leave_nothing(
-    cli: Cli, tiny: Tiny, tmp_path: Path, prune_args: list[Any], args: list[str], code: int, says: str
+    cli: Cli,
+    tiny: Tiny,
+    tmp_path: Path,
+    prune_args: list[Any],
+    args: list[str],
+    code: int,
+    says: str,
 ) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()

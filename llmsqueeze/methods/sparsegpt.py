@@ -39,7 +39,8 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
     """Column blocks left to right: choose a mask by OBS saliency, then spread the error rightwards.
 
     weight: [out, in]; computed in fp32, returned in its own dtype with updated values.
-    stats: needs gram. Inputs that were always zero lose their weights, whatever the target.
+    stats: needs gram. Inputs that were always zero lose their weights, whatever the target
+    (unless that is zero).
     Saliency w²/U_jj² and update: section 3 of the paper, U upper Cholesky factor of H⁻¹.
     Raises CalibrationError when no damping makes the Hessian positive definite.
     """
@@ -48,6 +49,8 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
     from llmsqueeze.numerics.masks import keep_highest, keep_nm
 
     assert stats is not None
+    if target.sparsity == 0:
+        return Pruned(weight)
     factor, damping, dead = _factor(stats, config.damping)
     w = weight.to(torch.float32, copy=True)
     w[:, dead] = 0

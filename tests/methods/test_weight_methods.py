@@ -13,7 +13,13 @@ from llmsqueeze.methods import magnitude, sparsegpt, wanda
 from llmsqueeze.methods.base import NM, Target
 from llmsqueeze.numerics.stats import InputStats
 
-TARGETS = [Target(0.5), Target(0.3), Target(0.0), Target.parse(None, "2:4"), Target.parse(None, "1:4")]
+TARGETS = [
+    Target(0.5),
+    Target(0.3),
+    Target(0.0),
+    Target.parse(None, "2:4"),
+    Target.parse(None, "1:4"),
+]
 
 
 def inputs(tokens: int, width: int, seed: int = 0) -> Tensor:
@@ -105,7 +111,9 @@ def test_magnitude_matches_the_loop(target: Target, dtype: torch.dtype) -> None:
     assert torch.equal(out[~removed], weight[~removed])
 
 
-def sparsegpt_by_loop(weight: Tensor, x: Tensor, target: Target, block: int, damping: float) -> Tensor:
+def sparsegpt_by_loop(
+    weight: Tensor, x: Tensor, target: Target, block: int, damping: float
+) -> Tensor:
     """OBS by definition: eliminate column by column with the inverse of the remaining Hessian, fp64."""
     w = weight.double().clone()
     rows, columns = w.shape
@@ -121,7 +129,9 @@ def sparsegpt_by_loop(weight: Tensor, x: Tensor, target: Target, block: int, dam
         stop = min(start + block, columns)
         if target.pattern is None:
             score = [
-                float(w[i, j] ** 2 / inverse[j][0, 0]) for i in range(rows) for j in range(start, stop)
+                float(w[i, j] ** 2 / inverse[j][0, 0])
+                for i in range(rows)
+                for j in range(start, stop)
             ]
             for flat in lowest(score, target.removed_of(len(score))):
                 removed[flat // (stop - start), start + flat % (stop - start)] = True

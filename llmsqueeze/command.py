@@ -1,0 +1,144 @@
+"""What all commands share: their common options, and how a failure becomes one line and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import functools
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from llmsqueeze.errors import LlmsqueezeError
+from llmsqueeze.methods import WEIGHT_METHODS
+from llmsqueeze.recipe import Calibration, config_fields
+
+if TYPE_CHECKING:
+    from llmsqueeze.console import Console
+
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+
+
+def make_console(
+    *, json: bool = False, quiet: bool = False, verbose: bool = False, progress: bool = True
+) -> Console:
+    from llmsqueeze.console import Console
+
+    return Console(json=json, quiet=quiet, verbose=verbose, progress=progress)
+
+
+def common(body: Callable[..., None]) -> Callable[..., None]:
+    """Options that every command takes, and the one place where failures become exit codes."""
+
+    @click.option("--json", "as_json", is_flag=True, envvar="LLMSQUEEZE_JSON",
+                  help="One JSON document on stdout, nothing else there.")  # fmt: skip
+    @click.option("-q", "--quiet", is_flag=True, envvar="LLMSQUEEZE_QUIET",
+                  help="No notes and no progress.")  # fmt: skip
+    @click.option("-v", "--verbose", is_flag=True, envvar="LLMSQUEEZE_VERBOSE",
+                  help="Tracebacks and the messages of the libraries.")  # fmt: skip
+    @click.option("--no-progress", is_flag=True, envvar="LLMSQUEEZE_NO_PROGRESS",
+                  help="Plain lines instead of a progress bar.")  # fmt: skip
+    @functools.wraps(body)
+    def command(
+        as_json: bool, quiet: bool, verbose: bool, no_progress: bool, **options: Any
+    ) -> None:
+        console = make_console(json=as_json, quiet=quiet, verbose=verbose, progress=not no_progress)
+        try:
+            _libraries(verbose)
+            body(console=console, **options)
+        except LlmsqueezeError as error:
+            _fail(console, str(error), error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            _fail(console, "interrupted; nothing was written", EXIT_INTERRUPTED)
+        except SystemExit:
+            raise
+        except MemoryError:
+            _fail(console, "out of memory; try smaller --samples, --seqlen or --batch-size", 5)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                sys.exit(EXIT_BUG)
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+            message = "no space left on the disk; nothing was published" if full else str(error)
+            _fail(console, message, 5 if full else 4)
+        except Exception as error:
+            if _out_of_memory(error):
+                _fail(console, "out of memory; try smaller --samples, --seqlen or --batch-size", 5)
+            _fail(
+                console,
+                f"{type(error).__name__}: {error} (this is a bug in llmsqueeze; -v shows where)",
+                EXIT_BUG,
+            )
+
+    return command
+
+
+def checkpoint_options(body: Callable[..., None]) -> Callable[..., None]:
+    """Options of commands that open a checkpoint."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmsqueeze"
+    for option in (
+        click.option("--offline", is_flag=True, envvar="LLMSQUEEZE_OFFLINE",
+                     help="Use only what is on this machine."),
+        click.option("--cache-dir", type=click.Path(path_type=Path), default=default,
+                     envvar="LLMSQUEEZE_CACHE_DIR", help="Where converted .gguf files are kept."),
+    ):  # fmt: skip
+        body = option(body)
+    return body
+
+
+def device_option(body: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--device", default="auto", show_default=True, envvar="LLMSQUEEZE_DEVICE",
+        help="auto, cpu, cuda or cuda:N.",
+    )(body)  # fmt: skip
+
+
+def method_options(body: Callable[..., None]) -> Callable[..., None]:
+    """One option per field of the methods' Config classes; the defaults stay there."""
+    fields = {n: (f, m) for m in WEIGHT_METHODS for n, f in config_fields(m).items()}
+    for name, (field, method) in sorted(fields.items(), reverse=True):
+        body = click.option(
+            "--" + name.replace("_", "-"),
+            type=type(field.default),
+            default=None,
+            help=f"[{method}] {field.metadata['help']}  [default: {field.default}]",
+        )(body)
+    return body
+
+
+def defaults(field: str) -> Any:
+    """A default of Calibration, which is where it is stated."""
+    return next(f.default for f in dataclasses.fields(Calibration) if f.name == field)
+
+
+def _libraries(verbose: bool) -> None:
+    """Keep the libraries' own warnings and bars off the terminal unless they are asked for."""
+    import warnings
+
+    if verbose:
+        return
+    warnings.simplefilter("ignore")
+    with contextlib.suppress(ImportError):
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def _out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _fail(console: Console, message: str, code: int) -> NoReturn:
+    if console.verbose:
+        traceback.print_exc()
+    console.error(message, code)
+    sys.exit(code)

@@ -1,0 +1,79 @@
+"""Rules of the code base: imports flow one way, only the console prints, modules stay small."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "llmsqueeze"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+# What a module may import from the package, as prefixes. Absent: anything.
+ALLOWED: dict[str, tuple[str, ...]] = {
+    "errors": (),
+    "_version": (),
+    "numerics": ("numerics",),
+    "architectures": ("errors",),
+    "device": ("errors",),
+    "methods": ("methods", "numerics", "errors"),
+    "recipe": ("methods", "errors"),
+    "shards": ("errors",),
+    "artifact": ("shards", "numerics.packing", "errors", "__version__"),
+    "checkpoint": ("architectures", "artifact", "shards", "errors"),
+    "data": ("errors",),
+    "source": ("shards", "errors"),
+    "calibrate": ("checkpoint", "numerics", "errors"),
+    "integration": ("artifact", "checkpoint", "numerics.packing", "errors"),
+    "runtime": ("integration", "checkpoint", "errors"),
+    "evaluate": ("calibrate", "errors"),
+    "card": ("checkpoint", "recipe"),
+}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports(path: Path) -> list[str]:
+    """Names below the package that a module imports, function bodies and type checking included."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "llmsqueeze":
+            inside = (node.module or "").removeprefix("llmsqueeze").lstrip(".")
+            names = [alias.name for alias in node.names]
+            found += [inside] if inside else names
+        elif isinstance(node, ast.Import):
+            found += [
+                a.name.removeprefix("llmsqueeze.")
+                for a in node.names
+                if a.name.startswith("llmsqueeze.")
+            ]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_imports_flow_one_way(path: Path) -> None:
+    name = name_of(path)
+    layer = name.split(".")[0]
+    for imported in imports(path):
+        skin = imported.split(".")[0] in ("cli", "command", "console")
+        assert not skin or layer in ("cli", "command", "__main__")
+        if layer in ALLOWED:
+            assert imported.startswith(ALLOWED[layer]), f"{name} must not import {imported}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_only_the_console_prints(path: Path) -> None:
+    if name_of(path) == "console":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"{path.name}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_modules_stay_readable(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 500
+    assert path.stem not in ("utils", "helpers", "common")
