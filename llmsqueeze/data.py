@@ -71,7 +71,7 @@ def calibration_windows(
     if spec is None:
         return _bundled_windows(tokenizer, samples, seqlen, seed, bos)
     path = Path(spec)
-    if path.suffix in (".jsonl", ".txt") or path.exists():
+    if path.suffix in (".jsonl", ".txt") or path.is_file():
         data = _read_bytes(path)
         text = _decode(path, data)
         sha = hashlib.sha256(data).hexdigest()

@@ -65,7 +65,8 @@ def save_tokenizer(path: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:157]
+    # ASCII, and the space in byte-level spelling; more would not fit the tiny vocabulary.
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet())[:156], "Ġ"]
     vocab = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab, [], unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
