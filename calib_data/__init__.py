@@ -1,0 +1,1 @@
+"""Calibration and evaluation texts; SOURCES.md names their origin and licence."""

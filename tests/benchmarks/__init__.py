@@ -1,0 +1,1 @@
+"""Scripts that regenerate the figures in README. None of them is a test."""

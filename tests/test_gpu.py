@@ -1,0 +1,90 @@
+"""What must hold on a CUDA device; skipped where there is none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.numerics.masks import keep_highest, keep_nm, zero_removed
+from llmsqueeze.numerics.packing import pack_bitmask, unpack_bitmask
+from tests.conftest import TINY
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+Tiny = Callable[..., Path]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_are_those_of_the_cpu(dtype: torch.dtype) -> None:
+    score = torch.randint(0, 50, (300, 1000)).to(dtype)
+    for removed in (0, 1, 500, 999):
+        assert torch.equal(keep_highest(score.cuda(), removed).cpu(), keep_highest(score, removed))
+    flat = score.reshape(1, -1)
+    assert torch.equal(keep_highest(flat.cuda(), 150_000).cpu(), keep_highest(flat, 150_000))
+    assert torch.equal(keep_nm(score.cuda(), 2, 4).cpu(), keep_nm(score, 2, 4))
+    weight = torch.randn(300, 1000).to(dtype)
+    keep = keep_nm(score, 2, 4)
+    assert torch.equal(zero_removed(weight.cuda(), keep.cuda()).cpu(), zero_removed(weight, keep))
+
+
+def test_packing_round_trip() -> None:
+    weight = (torch.randn(65, 130) * (torch.rand(65, 130) < 0.5)).bfloat16()
+    parts = [part.cuda() for part in pack_bitmask(weight.cuda())]
+    assert torch.equal(unpack_bitmask(*parts, 130).cpu(), weight)
+
+
+@pytest.mark.parametrize("family", sorted(TINY))
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("order", ["group", "block"])
+def test_pruning_agrees_with_the_cpu(
+    cli: Any, tiny: Tiny, tmp_path: Path, text_file: Path, family: str, method: str, order: str
+) -> None:
+    common = ["--method", method, "--order", order, "--calib", text_file, "--samples", 6,
+              "--seqlen", 24, "--dtype", "float32", "-q", "--json"]  # fmt: skip
+    weights = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        result = cli("prune", tiny(family), "-o", out, "--device", device, *common)
+        assert result.exit_code == 0, result.stderr
+        checkpoint = Checkpoint(out)
+        weights.append(checkpoint.read(checkpoint.sources))
+    peak = json.loads(result.stdout)["peak_device_bytes"]
+    assert peak > 0 or method == "magnitude"
+    for name, cpu in weights[0].items():
+        differing = ((cpu == 0) != (weights[1][name] == 0)).float().mean()
+        assert differing < 0.02, name  # rounding may turn a close decision
+
+
+@pytest.mark.parametrize("options", [{"device_map": "auto"}, {"device_map": "cuda"}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loading_to_the_device(
+    cli: Any, tiny: Tiny, tmp_path: Path, options: dict[str, Any], dtype: torch.dtype
+) -> None:
+    out = tmp_path / "out"
+    assert cli("prune", tiny(), "-o", out, "--method", "magnitude", "-q").exit_code == 0
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=dtype, **options)
+    checkpoint = Checkpoint(out)
+    for name, stored in checkpoint.read(checkpoint.sources).items():
+        placed = model.get_parameter(name)
+        assert placed.is_cuda
+        assert torch.equal(placed.cpu(), stored.to(dtype)), name
+
+
+def test_eval_on_the_device(cli: Any, tiny: Tiny, text_file: Path) -> None:
+    found = {}
+    for device, dtype in (("cpu", "float32"), ("cuda", "float32"), ("cuda", "bfloat16")):
+        args = ["--text", text_file, "--seqlen", 32, "--device", device, "--dtype", dtype]
+        result = cli("eval", tiny(), *args, "-q", "--json")
+        assert result.exit_code == 0, result.stderr
+        found[device, dtype] = json.loads(result.stdout)["token_ppl"]
+    assert found["cuda", "float32"] == pytest.approx(found["cpu", "float32"], rel=1e-4)
+    assert found["cuda", "bfloat16"] == pytest.approx(found["cpu", "float32"], rel=2e-2)
