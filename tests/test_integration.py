@@ -38,7 +38,7 @@ def test_every_way_to_load_gives_the_same_weights(
     for (name, a), (_, b) in zip(mine.named_parameters(), plain.named_parameters(), strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b), name
-    ids = torch.arange(3, 40).unsqueeze(0)
+    ids = torch.arange(3, 40, device=mine.device).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(mine(ids).logits, plain(ids).logits)
 
