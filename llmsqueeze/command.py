@@ -123,6 +123,7 @@ def _libraries(verbose: bool) -> None:
 
     if verbose:
         return
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars that no setting of transformers reaches
     warnings.simplefilter("ignore")
     with contextlib.suppress(ImportError):
         from transformers.utils import logging
