@@ -11,6 +11,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from llmsqueeze.errors import CalibrationError
 from llmsqueeze.numerics.stats import InputStats
 
 # Tokens per forward pass: enough to amortise reading the weights, few enough to stay in cache.
-CPU_BATCH_TOKENS = 2048
+CPU_BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 16384
 
 
@@ -99,9 +100,9 @@ def walk(
         assert tokens is not None
         batch = batch or batch_samples(tokens.shape[1], device)
         hidden, calls = _embed(checkpoint, model, tokens, dtype, device, batch)
-    for index, block in enumerate(model.get_submodule(checkpoint.blocks_path)):
-        names = checkpoint.block_parameters(index)
-        tensors = {n: t.to(device) for n, t in checkpoint.read(names).items()}
+    blocks = model.get_submodule(checkpoint.blocks_path)
+    for index, (block, read) in enumerate(zip(blocks, _read_ahead(checkpoint), strict=True)):
+        tensors = {n: t.to(device) for n, t in read.items()}
         linears = {name: model.get_submodule(name) for name in checkpoint.linears(index)}
         if hidden is None or calls is None:
             sites = (Site(name, tensors[f"{name}.weight"], None) for name in linears)
@@ -123,6 +124,18 @@ def walk(
             raise RuntimeError(f"block {index}: the caller left sites behind")
         calls[index] = {}
         block.to("meta")
+
+
+def _read_ahead(checkpoint: Checkpoint) -> Iterator[dict[str, Tensor]]:
+    """Each block's parameters on the CPU, the next block being read while this one is worked on."""
+    names = [checkpoint.block_parameters(index) for index in range(checkpoint.block_count)]
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        upcoming = reader.submit(checkpoint.read, names[0])
+        for following in names[1:]:
+            block = upcoming.result()
+            upcoming = reader.submit(checkpoint.read, following)
+            yield block
+        yield upcoming.result()
 
 
 def move_buffers(module: nn.Module, device: torch.device) -> None:

@@ -25,7 +25,7 @@ from transformers.initialization import no_init_weights
 from llmsqueeze.architectures import blocks_path
 from llmsqueeze.artifact import BITMASK_PARTS, Manifest, SiteRecord, decode, read_manifest
 from llmsqueeze.errors import CheckpointError
-from llmsqueeze.shards import DTYPES, StoredTensor, hash_file, list_shards, load, read_headers
+from llmsqueeze.shards import DTYPES, StoredTensor, list_shards, load, read_headers
 
 _WEIGHT_DTYPES = ("F32", "F16", "BF16")
 # Buffers that old exporters saved and current models compute themselves.
@@ -180,12 +180,10 @@ class Checkpoint:
         source = self.sources[parameter]
         return source.name if isinstance(source, StoredTensor) else parameter
 
-    def fingerprint(self) -> dict[str, Any]:
-        """sha256 of config.json and of every shard: what a result depends on."""
-        return {
-            "config_sha256": hash_file(self.path / "config.json"),
-            "shards_sha256": {file.name: hash_file(file) for file in list_shards(self.path)},
-        }
+    @property
+    def identity(self) -> list[Path]:
+        """config.json and every shard: the files that a result depends on."""
+        return [self.path / "config.json", *list_shards(self.path)]
 
     def _check_depth(self, tensors: int) -> None:
         # A damaged config must not make us build a billion empty blocks before it is found out.

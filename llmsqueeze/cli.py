@@ -158,7 +158,7 @@ def prune(
     with console.steps("pruning block") as progress:
         report = compress.prune(
             opened, name, out, recipe, where, overwrite=overwrite,
-            on_block=lambda b: progress(b.index + 1, b.total, f"{b.sparsity:.1%} zero"),
+            on_block=lambda b: progress(b.index + 1, b.total, f"{b.seconds:.1f} s"),
         )  # fmt: skip
     manifest = report.manifest
     document = {
@@ -383,7 +383,7 @@ def convert(
     with console.steps("converting block") as progress:
         manifest = compress.convert(
             opened, name, out, format, overwrite=overwrite,
-            on_block=lambda b: progress(b.index + 1, b.total, f"{b.sparsity:.1%} zero"),
+            on_block=lambda b: progress(b.index + 1, b.total, f"{b.seconds:.1f} s"),
         )  # fmt: skip
     document = {
         "out": str(out),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +19,24 @@ from torch import Tensor
 
 from llmsqueeze import __version__, card
 from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
-from llmsqueeze.calibrate import BlockStep, exact_matmul, walk
+from llmsqueeze.calibrate import exact_matmul, walk
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.data import calibration_windows, load_tokenizer
 from llmsqueeze.device import compute_dtype
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.methods import weight_method
 from llmsqueeze.recipe import PruneRecipe, is_ignored
+from llmsqueeze.shards import hash_file
 
 DEFAULT_SEQLEN = 2048
 
 
 @dataclass(frozen=True)
 class BlockDone:
-    """Progress: one block was compressed and handed to the writer. sparsity: of its sites together."""
+    """Progress: one block was compressed and handed to the writer."""
 
     index: int
     total: int
-    sparsity: float
     seconds: float
 
 
@@ -77,15 +79,22 @@ def prune(
     step: dict[str, Any] = {
         "command": "prune",
         "recipe": recipe.to_dict(),
-        "source": {"name": source_name, **checkpoint.fingerprint()},
         "calibration": calibration,
         "compute_dtype": str(dtype).removeprefix("torch."),
         "versions": _versions(),
     }
-    with ArtifactWriter(out, overwrite=overwrite) as writer, exact_matmul():
+    with (
+        ArtifactWriter(out, overwrite=overwrite) as writer,
+        # Both go on beside the computation.
+        _worker() as hashing,
+        _worker() as storing,
+        exact_matmul(),
+    ):
+        hashes = {file.name: hashing.submit(hash_file, file) for file in checkpoint.identity}
         for name in checkpoint.outer_parameters:
             writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
         total = _Share()
+        stored: Future[_Share] | None = None
         for block in walk(
             checkpoint, tokens, method.NEEDS, dtype, device, recipe.batch, recipe.order
         ):
@@ -96,11 +105,17 @@ def prune(
                     pruned = method.prune(site.weight, site.stats, recipe.target, recipe.config)
                     block.replace(site, pruned.weight)
                     reports[site.name] = pruned.report
-            share = _store(writer, checkpoint, block, reports)
-            total += share
+            if stored:
+                total += stored.result()  # one block waits at most; a full disk shows here
+            tensors = {name: tensor.cpu() for name, tensor in block.tensors.items()}
+            stored = storing.submit(_store, writer, checkpoint, tensors, reports)
             seconds = time.monotonic() - block_started
-            on_block(BlockDone(block.index, checkpoint.block_count, share.sparsity, seconds))
+            on_block(BlockDone(block.index, checkpoint.block_count, seconds))
+        if stored:
+            total += stored.result()
         sparsity = total.sparsity
+        sha256 = {name: hashed.result() for name, hashed in hashes.items()}
+        step["source"] = {"name": source_name, "sha256": sha256}
         step["sparsity"] = sparsity
         step["peak_rss_bytes"] = peak_rss_bytes()
         step["peak_device_bytes"] = peak_device_bytes(device)
@@ -141,14 +156,23 @@ def convert(
         for block in walk(checkpoint, None, frozenset(), torch.float32, torch.device("cpu")):
             started = time.monotonic()
             names = [site.name for site in block.sites if known is None or site.name in known]
-            share = _store(
-                writer, checkpoint, block, {n: known[n].report if known else {} for n in names}
-            )
+            reports = {n: known[n].report if known else {} for n in names}
+            _store(writer, checkpoint, block.tensors, reports)
             seconds = time.monotonic() - started
-            on_block(BlockDone(block.index, checkpoint.block_count, share.sparsity, seconds))
+            on_block(BlockDone(block.index, checkpoint.block_count, seconds))
         steps = checkpoint.manifest.steps if checkpoint.manifest else []
         writer.write_text("README.md", card.converted_card(checkpoint, source_name, format))
         return writer.publish(checkpoint.config, checkpoint.path, steps, checkpoint.stored_bytes)
+
+
+@contextlib.contextmanager
+def _worker() -> Iterator[ThreadPoolExecutor]:
+    """One thread beside this one; after a failure, what it has not begun is dropped."""
+    worker = ThreadPoolExecutor(max_workers=1)
+    try:
+        yield worker
+    finally:
+        worker.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -169,12 +193,12 @@ class _Share:
 def _store(
     writer: ArtifactWriter,
     checkpoint: Checkpoint,
-    block: BlockStep,
+    tensors: dict[str, Tensor],
     reports: dict[str, dict[str, float]],
 ) -> _Share:
-    """Write every tensor of a block, the sites named in `reports` in their compressed encoding."""
+    """Write the tensors of a block, the sites named in `reports` in their compressed encoding."""
     share = _Share()
-    for name, tensor in block.tensors.items():
+    for name, tensor in tensors.items():
         site = name.removesuffix(".weight")
         if name.endswith(".weight") and site in reports:
             record = writer.add_site(site, tensor, reports[site])

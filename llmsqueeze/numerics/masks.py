@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -59,6 +61,15 @@ def _kth_lowest(score: Tensor, k: int) -> Tensor:
     """[rows, 1]: the k-th lowest score of each row, counted from 1."""
     if score.is_cuda:
         return score.kthvalue(k, dim=1, keepdim=True).values
-    # numpy's vectorised quickselect takes a quarter of the time of torch's on a CPU.
-    selected = np.partition(score.float().numpy(), k - 1, axis=1)[:, k - 1 : k]
+    # numpy's vectorised quickselect takes a quarter of the time of torch's on a CPU, but one thread.
+    values = score.float().numpy()
+    selected = np.empty((values.shape[0], 1), dtype=values.dtype)
+
+    def select(rows: slice) -> None:
+        selected[rows, 0] = np.partition(values[rows], k - 1, axis=1)[:, k - 1]
+
+    threads = max(1, min(torch.get_num_threads(), values.shape[0]))
+    each = -(-values.shape[0] // threads)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(select, [slice(i * each, (i + 1) * each) for i in range(threads)]))
     return torch.from_numpy(selected).to(score.dtype)

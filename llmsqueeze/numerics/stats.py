@@ -9,6 +9,8 @@ from torch import Tensor
 
 STATISTICS = frozenset({"sq_sum", "gram"})
 
+_SLICE = 64
+
 
 class InputStats:
     """Sums over the tokens of one input group (all linears fed by the same tensor).
@@ -36,7 +38,7 @@ class InputStats:
         x = x.reshape(-1, x.shape[-1]).float()
         self.count += x.shape[0]
         if "sq_sum" in self.needs:
-            self.sq_sum += x.square().sum(dim=0)
+            self.sq_sum += _sum_of_squares(x)
         if "gram" in self.needs:
             self.gram.addmm_(x.t(), x)
 
@@ -59,3 +61,15 @@ class InputStats:
     def rms(self) -> Tensor:
         """[in] fp32: root mean square of each input channel."""
         return (self.sq_sum / self.count).sqrt().float()
+
+
+def _sum_of_squares(x: Tensor) -> Tensor:
+    """[in]: Σ x² over the rows of x: [tokens, in] fp32."""
+    if x.is_cuda:
+        return x.square().sum(dim=0)
+    # Row slices into one small accumulator: no temporary of x's size, which on a CPU costs more
+    # than the arithmetic, and every fp32 sum stays short.
+    partial = torch.zeros(min(_SLICE, x.shape[0]), x.shape[1])
+    for rows in x.split(_SLICE):
+        partial[: rows.shape[0]].addcmul_(rows, rows)
+    return partial.sum(dim=0, dtype=torch.float64)
