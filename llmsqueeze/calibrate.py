@@ -11,7 +11,6 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze.checkpoint import Checkpoint, place
+from llmsqueeze.device import beside
 from llmsqueeze.errors import CalibrationError
 from llmsqueeze.numerics.stats import InputStats
 
@@ -101,7 +101,9 @@ def walk(
         batch = batch or batch_samples(tokens.shape[1], device)
         hidden, calls = _embed(checkpoint, model, tokens, dtype, device, batch)
     blocks = model.get_submodule(checkpoint.blocks_path)
-    for index, (block, read) in enumerate(zip(blocks, _read_ahead(checkpoint), strict=True)):
+    for index, (block, read) in enumerate(
+        zip(blocks, _read_ahead(checkpoint, device), strict=True)
+    ):
         tensors = {n: t.to(device) for n, t in read.items()}
         linears = {name: model.get_submodule(name) for name in checkpoint.linears(index)}
         if hidden is None or calls is None:
@@ -126,10 +128,10 @@ def walk(
         block.to("meta")
 
 
-def _read_ahead(checkpoint: Checkpoint) -> Iterator[dict[str, Tensor]]:
-    """Each block's parameters on the CPU, the next block being read while this one is worked on."""
+def _read_ahead(checkpoint: Checkpoint, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Each block's parameters on the CPU, the next block being read while one is worked on."""
     names = [checkpoint.block_parameters(index) for index in range(checkpoint.block_count)]
-    with ThreadPoolExecutor(max_workers=1) as reader:
+    with beside(device) as reader:
         upcoming = reader.submit(checkpoint.read, names[0])
         for following in names[1:]:
             block = upcoming.result()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
 from llmsqueeze.calibrate import exact_matmul, walk
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.data import calibration_windows, load_tokenizer
-from llmsqueeze.device import compute_dtype
+from llmsqueeze.device import beside, compute_dtype, worker
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.methods import weight_method
 from llmsqueeze.recipe import PruneRecipe, is_ignored
@@ -71,26 +70,17 @@ def prune(
     check_not_inside(out, checkpoint.path)
     method = weight_method(recipe.method)
     sites = choose_sites(checkpoint, recipe)
-    recipe, tokens, calibration = _calibration(checkpoint, recipe, method.NEEDS)
-    dtype = compute_dtype(recipe.dtype, checkpoint.dtype, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-    step: dict[str, Any] = {
-        "command": "prune",
-        "recipe": recipe.to_dict(),
-        "calibration": calibration,
-        "compute_dtype": str(dtype).removeprefix("torch."),
-        "versions": _versions(),
-    }
     with (
+        worker() as hashing,
         ArtifactWriter(out, overwrite=overwrite) as writer,
-        # Both go on beside the computation.
-        _worker() as hashing,
-        _worker() as storing,
+        beside(device) as storing,
         exact_matmul(),
     ):
         hashes = {file.name: hashing.submit(hash_file, file) for file in checkpoint.identity}
+        recipe, tokens, calibration = _calibration(checkpoint, recipe, method.NEEDS)
+        dtype = compute_dtype(recipe.dtype, checkpoint.dtype, device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         for name in checkpoint.outer_parameters:
             writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
         total = _Share()
@@ -115,10 +105,17 @@ def prune(
             total += stored.result()
         sparsity = total.sparsity
         sha256 = {name: hashed.result() for name, hashed in hashes.items()}
-        step["source"] = {"name": source_name, "sha256": sha256}
-        step["sparsity"] = sparsity
-        step["peak_rss_bytes"] = peak_rss_bytes()
-        step["peak_device_bytes"] = peak_device_bytes(device)
+        step = {
+            "command": "prune",
+            "recipe": recipe.to_dict(),
+            "source": {"name": source_name, "sha256": sha256},
+            "calibration": calibration,
+            "compute_dtype": str(dtype).removeprefix("torch."),
+            "versions": _versions(),
+            "sparsity": sparsity,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_device_bytes": peak_device_bytes(device),
+        }
         previous = checkpoint.manifest.steps if checkpoint.manifest else []
         writer.write_text("README.md", card.model_card(checkpoint, source_name, recipe, sparsity))
         manifest = writer.publish(
@@ -163,16 +160,6 @@ def convert(
         steps = checkpoint.manifest.steps if checkpoint.manifest else []
         writer.write_text("README.md", card.converted_card(checkpoint, source_name, format))
         return writer.publish(checkpoint.config, checkpoint.path, steps, checkpoint.stored_bytes)
-
-
-@contextlib.contextmanager
-def _worker() -> Iterator[ThreadPoolExecutor]:
-    """One thread beside this one; after a failure, what it has not begun is dropped."""
-    worker = ThreadPoolExecutor(max_workers=1)
-    try:
-        yield worker
-    finally:
-        worker.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any
+
 import torch
 
 from llmsqueeze.errors import EnvironmentFault
@@ -29,3 +34,39 @@ def compute_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
     return torch.float32 if device.type == "cpu" else stored
+
+
+class _AtOnce(Executor):
+    """Runs what is submitted before it returns."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+@contextlib.contextmanager
+def worker() -> Iterator[Executor]:
+    """One thread that takes work in order; after a failure, what has not begun is dropped."""
+    thread = ThreadPoolExecutor(max_workers=1)
+    try:
+        yield thread
+    finally:
+        thread.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def beside(device: torch.device) -> Iterator[Executor]:
+    """For host work that can go on beside the device's.
+
+    Where the CPU itself computes, it is done at once: another thread would take a core from a matrix
+    product that waits for its slowest thread.
+    """
+    if device.type == "cpu":
+        yield _AtOnce()
+        return
+    with worker() as thread:
+        yield thread

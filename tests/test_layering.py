@@ -24,7 +24,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "checkpoint": ("architectures", "artifact", "shards", "errors"),
     "data": ("errors",),
     "source": ("shards", "errors"),
-    "calibrate": ("checkpoint", "numerics", "errors"),
+    "calibrate": ("checkpoint", "device", "numerics", "errors"),
     "integration": ("artifact", "checkpoint", "numerics.packing", "errors"),
     "runtime": ("integration", "checkpoint", "errors"),
     "evaluate": ("calibrate", "errors"),
