@@ -79,8 +79,9 @@ class LlmsqueezeQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # transformers would undo on save what it applied on load; a dense model has nothing to undo.
-        kept = [c for c in model._weight_conversions or () if not _is_ours(c)]
-        model._weight_conversions = kept or None
+        # From 5.24 on it forgets the conversions of a dequantised model by itself.
+        conversions = getattr(model, "_weight_conversions", None) or ()
+        model._weight_conversions = [c for c in conversions if not _is_ours(c)] or None
         return model
 
     def get_weight_conversions(self) -> list[WeightConverter]:
