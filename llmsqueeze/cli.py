@@ -101,8 +101,8 @@ Embeddings and lm_head are never pruned. The model is read and written one block
               help="Shuffles bundled texts and document collections; a .txt is never shuffled.")  # fmt: skip
 @click.option("--bos", is_flag=True, help="Start the text with the beginning-of-text token.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
-              help="Precision of calibration; auto: the checkpoint's on a GPU, "
-              "float32 on a CPU.")  # fmt: skip
+              help="Precision of calibration; auto: the checkpoint's where the device computes in it "
+              "natively, else float32.")  # fmt: skip
 @click.option(
     "--batch-size", type=int, default=0, help="Samples per forward pass.  [default: auto]"
 )
@@ -233,7 +233,7 @@ def evaluate(
     from llmsqueeze.compress import check_vocabulary, window_length
     from llmsqueeze.console import facts
     from llmsqueeze.data import Windows, evaluation_windows, load_tokenizer
-    from llmsqueeze.device import choose_device, compute_dtype
+    from llmsqueeze.device import choose_device, evaluation_dtype
     from llmsqueeze.evaluate import Perplexity, perplexity
     from llmsqueeze.runtime import load
 
@@ -242,7 +242,7 @@ def evaluate(
     other = _open(console, against, offline, cache_dir) if against else None
     if other and other[0].config.get("vocab_size") != opened.config.get("vocab_size"):
         raise RecipeError(f"{against} and {checkpoint} have different vocabularies")
-    precision = compute_dtype(dtype, opened.dtype, where)
+    precision = evaluation_dtype(dtype, opened.dtype, where)
     length = window_length(opened, seqlen)
 
     def cut(source: Checkpoint) -> Windows:

@@ -21,7 +21,7 @@ from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
 from llmsqueeze.calibrate import exact_matmul, walk
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.data import calibration_windows, load_tokenizer
-from llmsqueeze.device import beside, compute_dtype, worker
+from llmsqueeze.device import beside, calibration_dtype, worker
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.methods import weight_method
 from llmsqueeze.recipe import PruneRecipe, is_ignored
@@ -78,7 +78,7 @@ def prune(
     ):
         hashes = {file.name: hashing.submit(hash_file, file) for file in checkpoint.identity}
         recipe, tokens, calibration = _calibration(checkpoint, recipe, method.NEEDS)
-        dtype = compute_dtype(recipe.dtype, checkpoint.dtype, device)
+        dtype = calibration_dtype(recipe.dtype, checkpoint.dtype, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         for name in checkpoint.outer_parameters:

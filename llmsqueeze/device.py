@@ -29,11 +29,23 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def compute_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
-    """ "auto" is the checkpoint's own dtype on a GPU and float32 on a CPU, where 16 bits are slower."""
+def calibration_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto" is the checkpoint's own dtype where the device multiplies it natively, else float32."""
     if name != "auto":
         return getattr(torch, name)  # type: ignore[no-any-return]
-    return torch.float32 if device.type == "cpu" else stored
+    # Without these instructions a CPU emulates 16 bits, slower than float32.
+    native = stored == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported()
+    return stored if device.type == "cuda" or native else torch.float32
+
+
+def evaluation_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """ "auto" is the checkpoint's own dtype on a GPU and float32 on a CPU.
+
+    Whatever the CPU: a gate must not depend on which machine of a pool it ran on.
+    """
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    return stored if device.type == "cuda" else torch.float32
 
 
 class _AtOnce(Executor):

@@ -234,9 +234,11 @@ def test_interrupted_run_leaves_nothing(
     folder.mkdir()
     args = ["prune", tiny(num_hidden_layers=60), "-o", folder / "out", "--calib", text_file,
             "--samples", 100, "--seqlen", 56, "--batch-size", 1, "--device", "cpu"]  # fmt: skip
+    # Whoever runs the tests in a shell's background passes an ignored SIGINT on.
     process = subprocess.Popen(
-        [sys.executable, "-m", "llmsqueeze", *map(str, args)], stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-m", "llmsqueeze", *map(str, args)], stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
         if "block 2/" in line:
