@@ -37,6 +37,14 @@ def test_plain_text_is_consecutive_windows(tokenizer: Any, text_file: Path) -> N
     assert every.tokens.shape == (len(ids) // 32, 32)
 
 
+def test_line_ends_are_those_of_a_text_file(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "windows.txt"
+    path.write_bytes(b"one line\r\nand another\rand a third\n" * 20)
+    ids = tokenizer(path.read_text(), add_special_tokens=False)["input_ids"]
+    made = calibration_windows(str(path), tokenizer, samples=10, seqlen=16, seed=0)
+    assert made.tokens.flatten().tolist() == ids[:160]
+
+
 def test_bos_comes_once_at_the_start(tokenizer: Any, text_file: Path) -> None:
     plain = calibration_windows(str(text_file), tokenizer, samples=3, seqlen=16, seed=0)
     marked = calibration_windows(str(text_file), tokenizer, samples=3, seqlen=16, seed=0, bos=True)
