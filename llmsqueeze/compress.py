@@ -77,7 +77,8 @@ def prune(
         exact_matmul(),
     ):
         hashes = {file.name: hashing.submit(hash_file, file) for file in checkpoint.identity}
-        recipe, tokens, calibration = _calibration(checkpoint, recipe, method.NEEDS)
+        needs = method.needs(recipe.config)
+        recipe, tokens, calibration = _calibration(checkpoint, recipe, needs)
         dtype = calibration_dtype(recipe.dtype, checkpoint.dtype, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -85,9 +86,7 @@ def prune(
             writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
         total = _Share()
         stored: Future[_Share] | None = None
-        for block in walk(
-            checkpoint, tokens, method.NEEDS, dtype, device, recipe.batch, recipe.order
-        ):
+        for block in walk(checkpoint, tokens, needs, dtype, device, recipe.batch, recipe.order):
             block_started = time.monotonic()
             reports = {}
             for site in block.sites:
@@ -203,15 +202,15 @@ def choose_sites(checkpoint: Checkpoint, recipe: PruneRecipe) -> set[str]:
     if unused:
         raise RecipeError(f"--ignore {sorted(unused)[0]}: no module of this checkpoint matches")
     sites: set[str] = set()
-    nm = recipe.target.pattern
+    pattern = recipe.target.pattern
     for index in range(checkpoint.block_count):
         for name, linear in checkpoint.linears(index).items():
             if is_ignored(name, recipe.ignore):
                 continue
-            if nm and linear.in_features % nm.m:
+            misfit = pattern.misfit(linear.out_features, linear.in_features) if pattern else None
+            if misfit:
                 raise RecipeError(
-                    f"pattern {nm} does not divide the {linear.in_features} inputs of {name}; "
-                    "choose another pattern, or leave it dense with --ignore"
+                    f"{misfit} of {name}; choose another pattern, or leave it dense with --ignore"
                 )
             sites.add(name)
     if not sites:

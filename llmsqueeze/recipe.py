@@ -74,7 +74,7 @@ class PruneRecipe:
             "pattern": self.target.pattern_name,
         }
         raw["ignore"] = list(self.ignore)
-        if not weight_method(self.method).NEEDS:
+        if not weight_method(self.method).needs(self.config):
             raw["calibration"] = None
         return raw
 

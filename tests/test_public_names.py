@@ -20,7 +20,7 @@ def test_all_is_sorted_and_importable() -> None:
 @pytest.mark.parametrize("name", WEIGHT_METHODS)
 def test_methods_fit_their_protocol(name: str) -> None:
     method = weight_method(name)
-    assert method.NEEDS <= STATISTICS
+    assert method.needs(method.Config()) <= STATISTICS
     assert dataclasses.is_dataclass(method.Config)
     assert method.Config.__dataclass_params__.frozen
     assert all(field.metadata["help"] for field in dataclasses.fields(method.Config))

@@ -6,14 +6,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llmsqueeze.errors import CalibrationError, RecipeError
-from llmsqueeze.methods.base import Pruned, Target
+from llmsqueeze.methods.base import NM, Pruned, Target
+from llmsqueeze.methods.select import choose
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from llmsqueeze.numerics.stats import InputStats
-
-NEEDS = frozenset({"gram"})
 
 # A Hessian that is not positive definite at the asked damping is tried again with ten times as much.
 DAMPING_RETRIES = 3
@@ -35,6 +34,10 @@ class Config:
             raise RecipeError(f"block size {self.block_size} is outside [1, 65536]")
 
 
+def needs(config: Config) -> frozenset[str]:
+    return frozenset({"gram"})
+
+
 def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Config) -> Pruned:
     """Column blocks left to right: choose a mask by OBS saliency, then spread the error rightwards.
 
@@ -50,16 +53,20 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
 
     assert stats is not None
     if target.sparsity == 0:
-        return Pruned(weight)
+        return Pruned(weight, torch.ones_like(weight, dtype=torch.bool))
     factor, damping, dead = _factor(stats, config.damping)
     w = weight.to(torch.float32, copy=True)
     w[:, dead] = 0
     columns = w.shape[1]
     diagonal = factor.diagonal()
-    nm = target.pattern
+    pattern = target.pattern
+    nm = pattern if isinstance(pattern, NM) and pattern.axis == "in" else None
     # An n:m group must lie within one block, or its mask would be chosen from stale weights.
     size = config.block_size if nm is None else -(-config.block_size // nm.m) * nm.m
     loss = torch.zeros((), dtype=torch.float64, device=w.device)
+    # Patterns that reach over columns far apart are chosen before the first update.
+    chosen = choose(w.abs() / diagonal, target) if pattern is not None and nm is None else None
+    kept = torch.ones_like(w, dtype=torch.bool)
 
     for start in range(0, columns, size):
         stop = min(start + size, columns)
@@ -67,11 +74,12 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
         u = factor[start:stop, start:stop]
         d = diagonal[start:stop]
         errors = torch.empty_like(block)
-        keep = torch.ones_like(block, dtype=torch.bool)
-        if nm is None:
+        if pattern is None:
             score = (block / d).square()
             removed = target.removed_of(score.numel())
             keep = keep_highest(score.reshape(1, -1), removed).reshape(score.shape)
+        else:
+            keep = kept[:, start:stop] if chosen is None else chosen[:, start:stop]
         # Column-major copies: the loop below touches one column at a time.
         columns_t = block.t().contiguous()
         keep_t = keep.t().contiguous()
@@ -84,6 +92,7 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
             columns_t[i].masked_fill_(~keep_t[i], 0)
             errors[:, i] = error
         block.copy_(columns_t.t())
+        kept[:, start:stop] = keep_t.t()
         loss += errors.square().sum(dtype=torch.float64)
         w[:, stop:] -= errors @ factor[start:stop, stop:]
 
@@ -93,7 +102,7 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
         )
     # Dividing by the token count makes the loss comparable between runs of different length.
     report = {"damping": damping, "quadratic_loss": float(loss), "dead_inputs": int(dead.sum())}
-    return Pruned(w.to(weight.dtype), report)
+    return Pruned(w.to(weight.dtype), kept & ~dead, report)
 
 
 def _factor(stats: InputStats, damping: float) -> tuple[Tensor, float, Tensor]:

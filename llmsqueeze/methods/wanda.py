@@ -6,18 +6,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmsqueeze.methods.base import Pruned, Target
+from llmsqueeze.methods.select import choose
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from llmsqueeze.numerics.stats import InputStats
 
-NEEDS = frozenset({"sq_sum"})
-
 
 @dataclass(frozen=True)
 class Config:
     pass
+
+
+def needs(config: Config) -> frozenset[str]:
+    return frozenset({"sq_sum"})
 
 
 def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Config) -> Pruned:
@@ -26,12 +29,8 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
     weight: [out, in], any float dtype; kept entries come back bit-identical.
     stats: needs sq_sum of the inputs. ‖x_j‖ is used as a root mean square: the order is the same.
     """
-    from llmsqueeze.numerics.masks import keep_highest, keep_nm, zero_removed
+    from llmsqueeze.numerics.masks import zero_removed
 
     assert stats is not None
-    score = weight.float().abs() * stats.rms
-    if target.pattern:
-        keep = keep_nm(score, target.pattern.n, target.pattern.m)
-    else:
-        keep = keep_highest(score, target.removed_of(score.shape[1]))
-    return Pruned(zero_removed(weight, keep))
+    keep = choose(weight.float().abs() * stats.rms, target)
+    return Pruned(zero_removed(weight, keep), keep)

@@ -48,6 +48,53 @@ def keep_nm(score: Tensor, n: int, m: int) -> Tensor:
     return (rank >= m - n).permute(1, 2, 0).reshape(rows, columns)
 
 
+def keep_nm_out(score: Tensor, n: int, m: int, budget: float) -> Tensor:
+    """n:m along the outputs of each input, with a channel budget.
+
+    score: [rows, columns], rows divisible by m; its square is the error of removing a weight.
+    budget: of the columns, so many with the highest summed error stay whole, and as many with the
+    lowest are dropped whole. Returns bool of the same shape.
+    """
+    keep = keep_nm(score.t().contiguous(), n, m).t().contiguous()
+    hot = int(budget * score.shape[1])
+    if hot:
+        order = score.square().sum(dim=0).argsort(descending=True)
+        keep[:, order[:hot]] = True
+        keep[:, order[-hot:]] = False
+    return keep
+
+
+def tile_sums(values: Tensor, size: int) -> Tensor:
+    """[tile rows, tile columns]: sums over size × size tiles of a matrix; edge tiles are ragged."""
+    rows, columns = values.shape
+    down, across = -(-rows // size), -(-columns // size)
+    padded = torch.nn.functional.pad(values, (0, across * size - columns, 0, down * size - rows))
+    return padded.reshape(down, size, across, size).sum(dim=(1, 3))
+
+
+def expand_tiles(tiles: Tensor, size: int, rows: int, columns: int) -> Tensor:
+    """[rows, columns]: every weight gets the value of its tile."""
+    spread = tiles.repeat_interleave(size, dim=0)[:rows]
+    return spread.repeat_interleave(size, dim=1)[:, :columns]
+
+
+def tile_benefit(score: Tensor, size: int) -> Tensor:
+    """[tile rows, tile columns]: error per weight that keeping a tile dense avoids, against 2:4."""
+    lost = score.square().masked_fill(keep_nm(score, 2, 4), 0)
+    return tile_sums(lost, size) / tile_sums(torch.ones_like(lost), size)
+
+
+def keep_tiles(score: Tensor, size: int, dense: int) -> Tensor:
+    """2:4 along inputs, except in the `dense` tiles that gain most from being left alone.
+
+    score: [rows, columns], columns divisible by 4; its square is the error of removing a weight.
+    Returns bool of the same shape.
+    """
+    benefit = tile_benefit(score, size)
+    whole = keep_highest(benefit.reshape(1, -1), benefit.numel() - dense).reshape(benefit.shape)
+    return keep_nm(score, 2, 4) | expand_tiles(whole, size, *score.shape)
+
+
 def zero_removed(weight: Tensor, keep: Tensor) -> Tensor:
     """weight with +0.0 where `keep` is False; what stays keeps every bit.
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STATISTICS = frozenset({"sq_sum", "gram"})
+STATISTICS = frozenset({"sum", "sq_sum", "gram"})
 
 _SLICE = 64
 
@@ -15,40 +15,87 @@ _SLICE = 64
 class InputStats:
     """Sums over the tokens of one input group (all linears fed by the same tensor).
 
-    count: tokens seen. sq_sum: [in] fp64, Σ x². gram: [in, in] fp32, Σ x xᵀ. What is not in `needs`
-    is not gathered, and reading it raises AttributeError.
+    count, samples: tokens and samples seen. What is not in `needs` is not gathered, and reading it
+    raises AttributeError:
+    "sum"     sum [in] fp64, Σ x; sample_sq [in] fp64, Σ over samples of (Σ over its tokens of x)²
+    "sq_sum"  sq_sum [in] fp64, Σ x²
+    "gram"    gram [in, in] fp32, Σ x xᵀ
+
+    dense_share α > 0 also follows the uncompressed model beside the compressed one (gram needed):
+    cross [in, in] fp32, Σ x̂ xᵀ, where x̂ is what the dense model has in place of x;
+    drift [out, in] fp32, Σ (r̂ - r) xᵀ, r the residual stream that the linears add to; None where
+    they do not write to it.
     """
 
-    def __init__(self, width: int, needs: frozenset[str], device: torch.device) -> None:
+    def __init__(
+        self,
+        width: int,
+        needs: frozenset[str],
+        device: torch.device,
+        *,
+        dense_share: float = 0.0,
+        drift_width: int | None = None,
+    ) -> None:
         unknown = needs - STATISTICS
         if unknown:
             raise ValueError(f"unknown statistics: {sorted(unknown)}")
         self.count = 0
+        self.samples = 0
         self.needs = needs
+        self.dense_share = dense_share
+        # Sums over the tokens that are held out of fitting (they are in the sums here as well).
+        self.held_out: InputStats | None = None
         # What methods derive from these sums and share between the linears of the group.
         self.memo: dict[Any, Any] = {}
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        if "sum" in needs:
+            self.sum = zeros(width, dtype=torch.float64)
+            self.sample_sq = zeros(width, dtype=torch.float64)
         if "sq_sum" in needs:
             # fp64 across batches: masks then do not depend on how samples were batched.
-            self.sq_sum = torch.zeros(width, dtype=torch.float64, device=device)
+            self.sq_sum = zeros(width, dtype=torch.float64)
         if "gram" in needs:
-            self.gram = torch.zeros(width, width, dtype=torch.float32, device=device)
+            self.gram = zeros(width, width)
+        self.drift: Tensor | None = None
+        if dense_share:
+            self.cross = zeros(width, width)
+            if drift_width is not None:
+                self.drift = zeros(drift_width, width)
 
-    def update(self, x: Tensor) -> None:
-        """Add the tokens of x: [..., in], any float dtype."""
-        x = x.reshape(-1, x.shape[-1]).float()
-        self.count += x.shape[0]
+    def update(self, x: Tensor, dense_x: Tensor | None = None, drift: Tensor | None = None) -> None:
+        """Add the tokens of x: [samples, tokens, in], any float dtype.
+
+        dense_x, of the same shape, and drift r̂ - r, [samples, tokens, out]: with a dense_share.
+        """
+        self.samples += x.shape[0]
+        tokens = x.reshape(-1, x.shape[-1])
+        self.count += tokens.shape[0]
+        if "sum" in self.needs:
+            sums = x.double().sum(dim=1)
+            self.sum += sums.sum(dim=0)
+            self.sample_sq += sums.square().sum(dim=0)
         if "sq_sum" in self.needs:
-            self.sq_sum += _sum_of_squares(x)
+            self.sq_sum += _sum_of_squares(tokens.float())
         if "gram" in self.needs:
-            self.gram.addmm_(x.t(), x)
+            _add_product(self.gram, tokens, tokens)
+        if self.dense_share:
+            assert dense_x is not None
+            _add_product(self.cross, dense_x.reshape(tokens.shape), tokens)
+            if self.drift is not None:
+                assert drift is not None
+                _add_product(self.drift, drift.reshape(-1, drift.shape[-1]), tokens)
 
     def merge(self, other: InputStats) -> None:
         """Add the sums of `other`, gathered from other tokens of the same input."""
         self.count += other.count
-        if "sq_sum" in self.needs:
-            self.sq_sum += other.sq_sum
-        if "gram" in self.needs:
-            self.gram += other.gram
+        self.samples += other.samples
+        for name in ("sum", "sample_sq", "sq_sum", "gram", "cross", "drift"):
+            mine = getattr(self, name, None)
+            if mine is not None:
+                mine += getattr(other, name)
 
     def is_finite(self) -> bool:
         """False once any token held NaN or Inf, or a square left the range of fp32."""
@@ -60,7 +107,30 @@ class InputStats:
     @property
     def rms(self) -> Tensor:
         """[in] fp32: root mean square of each input channel."""
-        return (self.sq_sum / self.count).sqrt().float()
+        sq_sum = self.sq_sum if "sq_sum" in self.needs else self.gram.diagonal().double()
+        return (sq_sum / self.count).sqrt().float()
+
+    def product(self, weight: Tensor) -> Tensor:
+        """[out, in] fp32: Σ t xᵀ, t being what this weight ought to put out.
+
+        Without a dense share t = W x. With share α, t = (1 - α) W x + α (W x̂ + r̂ - r): W x̂ is what the
+        dense model puts out, and r̂ - r makes up for what its residual stream has and ours lacks.
+        """
+        weight = weight.float()
+        if not self.dense_share:
+            return weight @ self.gram
+        mixed = (1 - self.dense_share) * self.gram + self.dense_share * self.cross
+        wanted = weight @ mixed
+        return wanted if self.drift is None else wanted + self.dense_share * self.drift
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += aᵀ b, accumulated in fp32. a: [tokens, m], b: [tokens, n], the same float dtype."""
+    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+        # Products of 16-bit floats are exact in fp32, so casting first would only cost time.
+        total += torch.mm(a.t(), b, out_dtype=torch.float32)
+    else:
+        total.addmm_(a.t().float(), b.float())
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:
