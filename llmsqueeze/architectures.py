@@ -6,42 +6,67 @@ masks, rotary tables and other arguments from the model's own forward.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmsqueeze.errors import CheckpointError
 
-# model_type in config.json → where the list of decoder blocks sits in the causal language model
-BLOCKS: dict[str, str] = {
-    "llama": "model.layers",
-    "mistral": "model.layers",
-    "qwen2": "model.layers",
-    "qwen3": "model.layers",
-    "gemma2": "model.layers",
-    "gemma3_text": "model.layers",
-    "phi3": "model.layers",
-    "opt": "model.decoder.layers",
-    "gpt_neox": "gpt_neox.layers",
+
+@dataclass(frozen=True)
+class Family:
+    """blocks: module path of the list of decoder blocks in the causal language model.
+
+    residuals: linear → module, both within a block, where the linear's output is added, unchanged,
+    to the very tensor that enters the module: the residual stream.
+    """
+
+    blocks: str = "model.layers"
+    residuals: Mapping[str, str] = field(default_factory=dict)
+
+
+_PRE_NORM = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
+
+# model_type in config.json → family
+FAMILIES: dict[str, Family] = {
+    "llama": Family(residuals=_PRE_NORM),
+    "mistral": Family(residuals=_PRE_NORM),
+    "qwen2": Family(residuals=_PRE_NORM),
+    "qwen3": Family(residuals=_PRE_NORM),
+    "phi3": Family(residuals=_PRE_NORM),
+    # Gemma normalises what attention and MLP put out before adding it: nothing is added unchanged.
+    "gemma2": Family(),
+    "gemma3_text": Family(),
+    "opt": Family(
+        "model.decoder.layers",
+        {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"},
+    ),
+    # Attention and MLP run side by side and both write: correcting one of them is correcting all.
+    "gpt_neox": Family("gpt_neox.layers", {"attention.dense": "input_layernorm"}),
 }
 
 _EXPERT_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def blocks_path(config: dict[str, Any]) -> str:
-    """Module path of the block list for this config.json; CheckpointError says why there is none."""
+def family_of(config: dict[str, Any]) -> Family:
+    """The family of this config.json; CheckpointError says why there is none."""
     model_type = config.get("model_type")
     if any(isinstance(config.get(key), int) and config[key] > 1 for key in _EXPERT_KEYS):
         raise CheckpointError(
             f"{model_type} is a mixture-of-experts model: its experts are 3-D parameters, which "
             "llmsqueeze does not prune yet, and pruning the rest alone would mislead"
         )
-    if isinstance(model_type, str) and model_type in BLOCKS:
-        return BLOCKS[model_type]
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        family = FAMILIES[model_type]
+        if config.get("do_layer_norm_before") is False:  # OPT-350m: its norms come after the sum
+            return Family(family.blocks)
+        return family
     if config.get("auto_map"):
         raise CheckpointError(
             f"architecture {model_type!r} needs remote code, which llmsqueeze never runs; supported: "
-            + ", ".join(BLOCKS)
+            + ", ".join(FAMILIES)
         )
     raise CheckpointError(
         f"unknown architecture {model_type!r} (model_type in config.json); supported: "
-        + ", ".join(BLOCKS)
+        + ", ".join(FAMILIES)
     )

@@ -2,19 +2,19 @@
 
 How a model calls its blocks (masks, rotary tables, positions, per-layer differences) is recorded
 from the model's own forward, so no architecture's call is re-implemented here. Hooks live only in
-this file.
+this file and in streams.py.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import greenlet
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from llmsqueeze.checkpoint import Checkpoint, place
 from llmsqueeze.device import beside
 from llmsqueeze.errors import CalibrationError
 from llmsqueeze.numerics.stats import InputStats
+from llmsqueeze.streams import Stream, pausing
 
 # Tokens per forward pass: enough to amortise reading the weights, few enough to stay in cache.
 CPU_BATCH_TOKENS = 1024
@@ -79,11 +80,15 @@ def walk(
     device: torch.device,
     batch: int = 0,
     order: str = "group",
+    *,
+    dense_share: float = 0.0,
+    held_out: int = 0,
 ) -> Iterator[BlockStep]:
     """For each block: load, gather `needs`, yield to the caller, propagate, free.
 
     tokens: [samples, seqlen] int64, or None when no statistics are needed. dtype: of the
-    computation. batch: samples per pass, 0 for what suits the device.
+    computation. batch: samples per pass, 0 for what suits the device. held_out: the last so many
+    samples are summed apart too (InputStats.held_out). dense_share: see InputStats.
 
     order "group": each input group is measured after the groups before it were compressed, so one
     forward pass is enough; every sample's activations inside the block are held at once.
@@ -95,37 +100,58 @@ def walk(
     measuring = bool(needs) and tokens is not None
     model = checkpoint.build(dtype)
     hidden, calls = None, None
+    batches: list[slice] = []
     groups_of: dict[tuple[str, ...], list[list[str]]] = {}
     if measuring:
         assert tokens is not None
-        batch = batch or batch_samples(tokens.shape[1], device)
-        hidden, calls = _embed(checkpoint, model, tokens, dtype, device, batch)
+        batches = cut_batches(tokens, batch or batch_samples(tokens.shape[1], device), held_out)
+        hidden, calls = _embed(checkpoint, model, tokens, dtype, device, batches)
+    dense_hidden = hidden.clone() if hidden is not None and dense_share else None
     blocks = model.get_submodule(checkpoint.blocks_path)
     for index, (block, read) in enumerate(
         zip(blocks, _read_ahead(checkpoint, device), strict=True)
     ):
         tensors = {n: t.to(device) for n, t in read.items()}
-        linears = {name: model.get_submodule(name) for name in checkpoint.linears(index)}
+        prefix = f"{checkpoint.blocks_path}.{index}."
+        linears = {n.removeprefix(prefix): m for n, m in checkpoint.linears(index, model).items()}
         if hidden is None or calls is None:
-            sites = (Site(name, tensors[f"{name}.weight"], None) for name in linears)
+            sites = (Site(prefix + n, tensors[f"{prefix}{n}.weight"], None) for n in linears)
             yield BlockStep(index, tensors, sites, None)
             continue
         place(model, tensors, dtype, device)
         move_buffers(block, device)
-        run = _Run(block, hidden, calls[index], batch, last=index + 1 == checkpoint.block_count)
+        last = index + 1 == checkpoint.block_count
+        run = _Run(block, hidden, calls[index], last)
         # Blocks with the same linears group them alike: one block of each kind is probed.
-        prefix = f"{checkpoint.blocks_path}.{index}."
-        kind = tuple(name.removeprefix(prefix) for name in linears)
+        kind = tuple(linears)
         if kind not in groups_of:
-            found = find_groups(run, linears)
-            groups_of[kind] = [[name.removeprefix(prefix) for name in names] for names in found]
-        groups = [[prefix + name for name in names] for names in groups_of[kind]]
-        measured = (_one_pass if order == "group" else _two_passes)(run, linears, groups, needs)
-        yield BlockStep(index, tensors, _sites(measured, tensors), model)
+            groups_of[kind] = find_groups(run, batches[0], linears)
+        measure = _Measure(
+            run=run,
+            dense=None
+            if dense_hidden is None
+            else _Run(copy.deepcopy(block), dense_hidden, calls[index], last),
+            batches=batches,
+            groups=groups_of[kind],
+            residuals=checkpoint.residuals,
+            needs=needs,
+            dense_share=dense_share,
+            first_held_out=hidden.shape[0] - held_out,
+        )
+        measured = measure.one_pass() if order == "group" else measure.two_passes()
+        yield BlockStep(index, tensors, _sites(measured, prefix, tensors), model)
         for _ in measured:
             raise RuntimeError(f"block {index}: the caller left sites behind")
         calls[index] = {}
         block.to("meta")
+
+
+def cut_batches(tokens: Tensor, batch: int, held_out: int) -> list[slice]:
+    """Samples of every forward pass; none of them mixes held-out samples with others."""
+    samples = tokens.shape[0]
+    cut = samples - held_out
+    first = [slice(start, min(start + batch, cut)) for start in range(0, cut, batch)]
+    return first + [slice(at, min(at + batch, samples)) for at in range(cut, samples, batch)]
 
 
 def _read_ahead(checkpoint: Checkpoint, device: torch.device) -> Iterator[dict[str, Tensor]]:
@@ -169,7 +195,7 @@ def _embed(
     tokens: Tensor,
     dtype: torch.dtype,
     device: torch.device,
-    batch: int,
+    batches: list[slice],
 ) -> tuple[Tensor, list[dict[int, _Call]]]:
     """Inputs of block 0, [samples, seqlen, hidden], and for every block and batch size its call."""
     head = model.get_output_embeddings()
@@ -191,7 +217,7 @@ def _embed(
                 if hidden is None:
                     shape = (tokens.shape[0], *hidden_states.shape[1:])
                     hidden = torch.empty(shape, dtype=dtype, device=device)
-                hidden[start : start + size] = hidden_states
+                hidden[rows] = hidden_states
             if size in calls[-1]:
                 raise _Stop  # every block's call at this batch size is known
             calls[index][size] = (args, kwargs)
@@ -204,9 +230,9 @@ def _embed(
     for index, block in enumerate(blocks):
         block.forward = recorder(index)  # type: ignore[method-assign]
     try:
-        for start in range(0, tokens.shape[0], batch):
+        for rows in batches:
             with contextlib.suppress(_Stop):
-                model(tokens[start : start + batch].to(device), use_cache=False)
+                model(tokens[rows].to(device), use_cache=False)
     finally:
         for block in blocks:
             del block.forward  # the class's own forward shows again
@@ -230,43 +256,44 @@ class _Run:
     block: nn.Module
     hidden: Tensor
     calls: dict[int, _Call]
-    batch: int
     last: bool
 
-    @property
-    def starts(self) -> range:
-        return range(0, self.hidden.shape[0], self.batch)
-
-    def forward(self, start: int) -> Tensor:
-        """The block's output for the batch that begins at sample `start`."""
-        x = self.hidden[start : start + self.batch]
+    def forward(self, rows: slice) -> Tensor:
+        """The block's output for these samples."""
+        x = self.hidden[rows]
         args, kwargs = self.calls[x.shape[0]]
         out = self.block(x, *args, **kwargs)
         # Blocks return a bare tensor in transformers 5; indexing that would drop the batch.
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 
-    def propagate(self, start: int) -> None:
-        """Replace that batch's inputs by the outputs, in place."""
-        self.hidden[start : start + self.batch] = self.forward(start)
+    def propagate(self, rows: slice) -> None:
+        """Replace those samples' inputs by the outputs, in place."""
+        self.hidden[rows] = self.forward(rows)
+
+    def stream(self, rows: slice) -> Stream:
+        """propagate() as a coroutine."""
+        return Stream(functools.partial(self.propagate, rows))
 
 
 # Site names of one input group with their statistics.
 _Measured = tuple[list[str], InputStats]
 
 
-def _sites(measured: Iterator[_Measured], tensors: dict[str, Tensor]) -> Iterator[Site]:
+def _sites(
+    measured: Iterator[_Measured], prefix: str, tensors: dict[str, Tensor]
+) -> Iterator[Site]:
     for names, stats in measured:
         if not stats.is_finite():
             raise CalibrationError(
-                f"activations entering {names[0]} are NaN or Inf; try --dtype float32, or check "
-                "the checkpoint with `llmsqueeze eval`"
+                f"activations entering {prefix}{names[0]} are NaN or Inf; try --dtype float32, or "
+                "check the checkpoint with `llmsqueeze eval`"
             )
         for name in names:
-            yield Site(name, tensors[f"{name}.weight"], stats)
+            yield Site(prefix + name, tensors[f"{prefix}{name}.weight"], stats)
 
 
-def find_groups(run: _Run, linears: dict[str, nn.Linear]) -> list[list[str]]:
+def find_groups(run: _Run, rows: slice, linears: dict[str, nn.Linear]) -> list[list[str]]:
     """Linears fed by the same tensor, in the order of their first call, found by running one batch."""
     groups: list[list[str]] = []
     seen: list[weakref.ref[Tensor]] = []
@@ -282,8 +309,12 @@ def find_groups(run: _Run, linears: dict[str, nn.Linear]) -> list[list[str]]:
 
         return group
 
-    with _hooked(linears, hook):
-        run.forward(0)
+    handles = [m.register_forward_pre_hook(hook(name)) for name, m in linears.items()]
+    try:
+        run.forward(rows)
+    finally:
+        for handle in handles:
+            handle.remove()
     missing = set(linears) - {name for names in groups for name in names}
     if missing:
         raise CalibrationError(
@@ -292,84 +323,108 @@ def find_groups(run: _Run, linears: dict[str, nn.Linear]) -> list[list[str]]:
     return groups
 
 
-@torch.no_grad()
-def _two_passes(
-    run: _Run, linears: dict[str, nn.Linear], groups: list[list[str]], needs: frozenset[str]
-) -> Iterator[_Measured]:
-    """Measure every group on the uncompressed block, yield them, then propagate."""
-    stats = {names[0]: _new_stats(linears, names, needs) for names in groups}
+@dataclass(frozen=True)
+class _Measure:
+    """How the groups of one block are measured. Names are those within the block.
 
-    def hook(leader: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
-            stats[leader].update(args[0])
-            if leader == groups[-1][0]:
-                raise _Stop  # what follows would be computed for nothing
-
-        return gather
-
-    with _hooked({names[0]: linears[names[0]] for names in groups}, hook):
-        for start in run.starts:
-            with contextlib.suppress(_Stop):
-                run.forward(start)
-    for names in groups:
-        yield names, stats[names[0]]
-    if not run.last:
-        for start in run.starts:
-            run.propagate(start)
-
-
-@torch.no_grad()
-def _one_pass(
-    run: _Run, linears: dict[str, nn.Linear], groups: list[list[str]], needs: frozenset[str]
-) -> Iterator[_Measured]:
-    """Advance every batch to the next group, yield the group to be compressed, go on from there.
-
-    Each batch's forward is a coroutine that pauses inside the block, in the hook of a group's first
-    linear: this needs no knowledge of how the block is written.
+    run, dense: the block as it is being compressed, and its uncompressed twin if one is followed.
     """
-    current: InputStats
-    main = greenlet.getcurrent()
 
-    def hook(leader: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def gather(module: nn.Module, args: tuple[Any, ...]) -> None:
-            current.update(args[0])
-            main.switch(leader)
+    run: _Run
+    dense: _Run | None
+    batches: list[slice]
+    groups: list[list[str]]
+    residuals: Mapping[str, str]
+    needs: frozenset[str]
+    dense_share: float
+    first_held_out: int
 
-        return gather
+    @torch.no_grad()
+    def one_pass(self) -> Iterator[_Measured]:
+        """Advance every batch to the next group, yield the group to be compressed, go on from there."""
+        pairs = [self._pair(rows) for rows in self.batches]
+        try:
+            with self._pausing():
+                for names in self.groups:
+                    stats = self._stats(names)
+                    for rows, pair in zip(self.batches, pairs, strict=True):
+                        self._record(stats, names[0], rows, pair)
+                    yield names, stats
+                if not self.run.last:
+                    for pair in pairs:
+                        for stream in pair:
+                            stream.advance()
+        finally:
+            for pair in pairs:
+                for stream in pair:
+                    stream.close()
 
-    batches = [greenlet.greenlet(functools.partial(run.propagate, start)) for start in run.starts]
-    try:
-        with _hooked({names[0]: linears[names[0]] for names in groups}, hook):
-            for names in groups:
-                current = _new_stats(linears, names, needs)
-                for batch in batches:
-                    if batch.switch() != names[0]:
-                        raise RuntimeError(f"batches reach {names[0]} in different orders")
-                yield names, current
-                main = greenlet.getcurrent()  # the caller may resume us from elsewhere
-            if not run.last:
-                for batch in batches:
-                    batch.switch()
-    finally:
-        for batch in batches:
-            batch.throw()  # unwinds what is still paused, and nothing else
+    @torch.no_grad()
+    def two_passes(self) -> Iterator[_Measured]:
+        """Measure every group on the uncompressed block, yield them, then propagate."""
+        stats = {names[0]: self._stats(names) for names in self.groups}
+        with self._pausing():
+            for rows in self.batches:
+                pair = self._pair(rows)
+                for names in self.groups:
+                    self._record(stats[names[0]], names[0], rows, pair)
+                if self.dense and not self.run.last:
+                    pair[1].advance()  # its output stays what it is; ours has yet to be compressed
+                for stream in pair:
+                    stream.close()
+        for names in self.groups:
+            yield names, stats[names[0]]
+        if not self.run.last:
+            for rows in self.batches:
+                self.run.propagate(rows)
 
+    def _pair(self, rows: slice) -> list[Stream]:
+        return [run.stream(rows) for run in (self.run, self.dense) if run]
 
-def _new_stats(
-    linears: dict[str, nn.Linear], names: list[str], needs: frozenset[str]
-) -> InputStats:
-    weight = linears[names[0]].weight
-    return InputStats(weight.shape[1], needs, weight.device)
+    @contextlib.contextmanager
+    def _pausing(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for run in (self.run, self.dense):
+                if run:
+                    leaders = {n[0]: run.block.get_submodule(n[0]) for n in self.groups}
+                    residuals = {
+                        leader: run.block.get_submodule(self.residuals[leader])
+                        for leader in leaders
+                        if leader in self.residuals
+                    }
+                    stack.enter_context(pausing(leaders, residuals))
+            yield
 
+    def _record(self, stats: InputStats, leader: str, rows: slice, pair: list[Stream]) -> None:
+        seen = [stream.advance() for stream in pair]
+        for entering in seen:
+            if entering is None or entering.leader != leader:
+                raise RuntimeError(f"batches reach {leader} in different orders")
+        ours, dense = seen[0], seen[-1]
+        assert ours is not None and dense is not None
+        drift = None
+        if self.dense and ours.residual is not None and dense.residual is not None:
+            drift = dense.residual - ours.residual
+        if stats.held_out is not None and rows.start >= self.first_held_out:
+            stats.held_out.update(ours.x, dense.x, drift)
+        stats.update(ours.x, dense.x, drift)
 
-@contextlib.contextmanager
-def _hooked(
-    linears: dict[str, nn.Linear],
-    hook: Callable[[str], Callable[[nn.Module, tuple[Any, ...]], None]],
-) -> Iterator[None]:
-    handles = [m.register_forward_pre_hook(hook(name)) for name, m in linears.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    def _stats(self, names: list[str]) -> InputStats:
+        device = self.run.hidden.device
+        width = self.run.block.get_submodule(names[0]).weight.shape[1]
+        writes = self.dense is not None and names[0] in self.residuals
+        drift_width = self.run.hidden.shape[-1] if writes else None
+
+        def new() -> InputStats:
+            return InputStats(
+                width,
+                self.needs,
+                device,
+                dense_share=self.dense_share if self.dense else 0.0,
+                drift_width=drift_width,
+            )
+
+        stats = new()
+        if self.first_held_out < self.run.hidden.shape[0]:
+            stats.held_out = new()
+        return stats

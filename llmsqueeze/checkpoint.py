@@ -22,7 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.initialization import no_init_weights
 
-from llmsqueeze.architectures import blocks_path
+from llmsqueeze.architectures import family_of
 from llmsqueeze.artifact import BITMASK_PARTS, Manifest, SiteRecord, decode, read_manifest
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.shards import DTYPES, StoredTensor, list_shards, load, read_headers
@@ -46,7 +46,8 @@ Source = StoredTensor | BitmaskSource
 class Checkpoint:
     """An opened checkpoint directory.
 
-    path; config: config.json as parsed; manifest: None for a plain Hugging Face checkpoint;
+    path; config: config.json as parsed; blocks_path, residuals: see architectures.Family;
+    manifest: None for a plain Hugging Face checkpoint;
     model: the empty model whose names and shapes count; sources: parameter name → where it lies.
     """
 
@@ -54,7 +55,9 @@ class Checkpoint:
         """Raises CheckpointError with one line for everything that is wrong with `path`."""
         self.path = path
         self.config = read_config(path)
-        self.blocks_path = blocks_path(self.config)
+        family = family_of(self.config)
+        self.blocks_path = family.blocks
+        self.residuals = family.residuals
         quantization = self.config.get("quantization_config")
         if isinstance(quantization, dict) and quantization.get("quant_method") != "llmsqueeze":
             method = quantization.get("quant_method")
@@ -109,13 +112,14 @@ class Checkpoint:
         """Full names of the parameters outside the blocks: embeddings, final norm, untied head."""
         return [name for name in self.sources if not name.startswith(self.blocks_path + ".")]
 
-    def linears(self, index: int) -> dict[str, nn.Linear]:
-        """The linears of one block by full module name.
+    def linears(self, index: int, model: nn.Module | None = None) -> dict[str, nn.Linear]:
+        """The linears of one block by full module name, of `model` if one is given.
 
         CheckpointError on parameters of three or more dimensions: they are fused experts.
         """
         prefix = f"{self.blocks_path}.{index}."
-        for name, parameter in self.blocks[index].named_parameters():
+        block = self.blocks[index] if model is None else model.get_submodule(prefix[:-1])
+        for name, parameter in block.named_parameters():
             if parameter.dim() > 2:
                 raise CheckpointError(
                     f"{prefix}{name} has {parameter.dim()} dimensions: fused experts of a "
@@ -123,7 +127,7 @@ class Checkpoint:
                 )
         return {
             prefix + name: module
-            for name, module in self.blocks[index].named_modules()
+            for name, module in block.named_modules()
             if isinstance(module, nn.Linear)
         }
 

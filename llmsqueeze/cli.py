@@ -13,27 +13,24 @@ import click
 
 from llmsqueeze import __version__
 from llmsqueeze.command import (
+    CHECKPOINT_HELP,
     EXIT_INTERRUPTED,
     checkpoint_options,
     common,
-    defaults,
     device_option,
     make_console,
-    method_options,
+    open_checkpoint,
+    site_documents,
 )
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.methods import WEIGHT_METHODS
-from llmsqueeze.methods.base import Target
-from llmsqueeze.recipe import DTYPES, ORDERS, Calibration, PruneRecipe, method_config
+from llmsqueeze.prune_command import prune
+from llmsqueeze.recipe import DTYPES
 
 if TYPE_CHECKING:
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import Console
 
 EXIT_TERMINATED = 143
-
-CHECKPOINT_HELP = """CHECKPOINT is a Hugging Face directory, a hub id (ORG/NAME[@REVISION]), a .gguf
-file, a llmsqueeze checkpoint, or `demo` (SmolLM2-135M-Instruct)."""
 
 
 def main() -> NoReturn:
@@ -62,127 +59,7 @@ def cli() -> None:
     """
 
 
-METHODS_HELP = "\n".join(f"  {name:<11}{entry.summary}" for name, entry in WEIGHT_METHODS.items())
-
-
-@cli.command(
-    help=f"""Prune the weights of CHECKPOINT and write a smaller checkpoint to OUT.
-
-{CHECKPOINT_HELP}
-
-\b
-Methods:
-{METHODS_HELP}
-
-Embeddings and lm_head are never pruned. The model is read and written one block at a time.
-"""
-)
-@click.argument("checkpoint")
-@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New directory.")
-@click.option("--method", type=click.Choice(list(WEIGHT_METHODS)), default="wanda",
-              show_default=True, help="How weights are chosen.")  # fmt: skip
-@click.option("--sparsity", type=float, help="Fraction to remove, in [0, 1).  [default: 0.5]")
-@click.option("--pattern", default="unstructured", show_default=True,
-              help="unstructured, or N:M: N kept of every M inputs.")  # fmt: skip
-@click.option("--ignore", multiple=True, metavar="NAME",
-              help="Linear to leave dense: full name, last part (down_proj), or re:REGEX. "
-              "Repeatable.")  # fmt: skip
-@method_options
-@click.option("--calib", metavar="TEXT", default=defaults("text"),
-              help="Calibration text: FILE.txt, FILE.jsonl, or a hub dataset NAME[:CONFIG[:SPLIT]]. "
-              "[default: bundled texts]")  # fmt: skip
-@click.option("--samples", type=int, default=defaults("samples"), show_default=True,
-              help="Calibration windows.")  # fmt: skip
-@click.option(
-    "--seqlen", type=int, help="Tokens per window.  [default: 2048, or what the model has]"
-)
-@click.option("--seed", type=int, default=defaults("seed"), show_default=True,
-              envvar="LLMSQUEEZE_SEED",
-              help="Shuffles bundled texts and document collections; a .txt is never shuffled.")  # fmt: skip
-@click.option("--bos", is_flag=True, help="Start the text with the beginning-of-text token.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
-              help="Precision of calibration; auto: the checkpoint's where the device computes in it "
-              "natively, else float32.")  # fmt: skip
-@click.option(
-    "--batch-size", type=int, default=0, help="Samples per forward pass.  [default: auto]"
-)
-@click.option("--order", type=click.Choice(ORDERS), default="group", show_default=True,
-              help="group: measure q/k/v, compress, measure o, …: one pass. "
-              "block: measure the whole uncompressed block: two passes, less memory.")  # fmt: skip
-@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
-@device_option
-@checkpoint_options
-@common
-def prune(
-    console: Console,
-    checkpoint: str,
-    out: Path,
-    method: str,
-    sparsity: float | None,
-    pattern: str,
-    ignore: tuple[str, ...],
-    calib: str | None,
-    samples: int,
-    seqlen: int | None,
-    seed: int,
-    bos: bool,
-    dtype: str,
-    batch_size: int,
-    order: str,
-    overwrite: bool,
-    device: str,
-    offline: bool,
-    cache_dir: Path,
-    **method_fields: Any,
-) -> None:
-    given = {name: value for name, value in method_fields.items() if value is not None}
-    recipe = PruneRecipe(
-        method=method,
-        target=Target.parse(sparsity, pattern),
-        config=method_config(method, given),
-        ignore=ignore,
-        calibration=Calibration(calib, samples, seqlen, seed, bos),
-        dtype=dtype,
-        batch=batch_size,
-        order=order,
-    )
-
-    from llmsqueeze import compress
-    from llmsqueeze.artifact import check_output
-    from llmsqueeze.console import facts, size
-    from llmsqueeze.device import choose_device
-
-    check_output(out, overwrite)
-    where = choose_device(device)
-    opened, name = _open(console, checkpoint, offline, cache_dir)
-    with console.steps("pruning block") as progress:
-        report = compress.prune(
-            opened, name, out, recipe, where, overwrite=overwrite,
-            on_block=lambda b: progress(b.index + 1, b.total, f"{b.seconds:.1f} s"),
-        )  # fmt: skip
-    manifest = report.manifest
-    document = {
-        "out": str(out),
-        "method": method,
-        "pattern": recipe.target.pattern_name,
-        "sparsity": report.sparsity,
-        "bytes": {"before": manifest.bytes_before, "after": manifest.bytes_after},
-        "seconds": report.seconds,
-        "peak_rss_bytes": report.peak_rss_bytes,
-        "peak_device_bytes": report.peak_device_bytes,
-        "sites": _sites(manifest),
-    }
-    rows = {
-        "method": f"{method}, {recipe.target.pattern_name}",
-        "sparsity": f"{report.sparsity:.2%} of {len(manifest.sites)} linears",
-        "size": f"{size(manifest.bytes_before)} → {size(manifest.bytes_after)} "
-        f"({manifest.bytes_after / manifest.bytes_before:.0%})",
-        "time": f"{report.seconds:.1f} s",
-        "peak memory": size(report.peak_rss_bytes) + " host"
-        + (f", {size(report.peak_device_bytes)} device" if report.peak_device_bytes else ""),
-        "next": f"llmsqueeze eval {out} --against {checkpoint}",
-    }  # fmt: skip
-    console.result(document, facts(str(out), rows))
+cli.add_command(prune)
 
 
 @cli.command(
@@ -230,16 +107,16 @@ def evaluate(
 
     import torch
 
-    from llmsqueeze.compress import check_vocabulary, window_length
     from llmsqueeze.console import facts
     from llmsqueeze.data import Windows, evaluation_windows, load_tokenizer
     from llmsqueeze.device import choose_device, evaluation_dtype
     from llmsqueeze.evaluate import Perplexity, perplexity
+    from llmsqueeze.plan import check_vocabulary, window_length
     from llmsqueeze.runtime import load
 
     where = choose_device(device)
-    opened, name = _open(console, checkpoint, offline, cache_dir)
-    other = _open(console, against, offline, cache_dir) if against else None
+    opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
+    other = open_checkpoint(console, against, offline, cache_dir) if against else None
     if other and other[0].config.get("vocab_size") != opened.config.get("vocab_size"):
         raise RecipeError(f"{against} and {checkpoint} have different vocabularies")
     precision = evaluation_dtype(dtype, opened.dtype, where)
@@ -302,7 +179,7 @@ def inspect(
     from llmsqueeze.console import facts, size
     from llmsqueeze.errors import CheckpointError
 
-    opened, name = _open(console, checkpoint, offline, cache_dir)
+    opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     manifest = opened.manifest
     if verify:
         if manifest is None:
@@ -329,7 +206,7 @@ def inspect(
     table = Table("site", "shape", "sparsity", "encoding", "before", "after", title_justify="left")
     if manifest:
         document["bytes"]["before"] = manifest.bytes_before
-        document |= {"sites": _sites(manifest), "steps": manifest.steps}
+        document |= {"sites": site_documents(manifest), "steps": manifest.steps}
         rows["size"] = f"{size(manifest.bytes_before)} → {size(manifest.bytes_after)}"
         for step in manifest.steps:
             rows[step["command"]] = (
@@ -379,7 +256,7 @@ def convert(
     from llmsqueeze.console import facts, size
 
     check_output(out, overwrite)
-    opened, name = _open(console, checkpoint, offline, cache_dir)
+    opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     with console.steps("converting block") as progress:
         manifest = compress.convert(
             opened, name, out, format, overwrite=overwrite,
@@ -389,35 +266,13 @@ def convert(
         "out": str(out),
         "format": format,
         "bytes": {"before": manifest.bytes_before, "after": manifest.bytes_after},
-        "sites": _sites(manifest),
+        "sites": site_documents(manifest),
     }
     rows = {
         "format": format + (": same size, same speed as the original" if format == "dense" else ""),
         "size": f"{size(manifest.bytes_before)} → {size(manifest.bytes_after)}",
     }
     console.result(document, facts(str(out), rows))
-
-
-def _open(console: Console, spec: str, offline: bool, cache_dir: Path) -> tuple[Checkpoint, str]:
-    from llmsqueeze.checkpoint import Checkpoint
-    from llmsqueeze.source import locate
-
-    located = locate(spec, offline=offline, cache=cache_dir, note=console.note)
-    return Checkpoint(located.path), located.name
-
-
-def _sites(manifest: Any) -> list[dict[str, Any]]:
-    return [
-        {
-            "name": name,
-            "shape": list(record.shape),
-            "sparsity": record.sparsity,
-            "encoding": record.encoding,
-            "bytes": {"before": record.bytes_before, "after": record.bytes_after},
-            **record.report,
-        }
-        for name, record in manifest.sites.items()
-    ]
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

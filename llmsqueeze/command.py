@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import os
@@ -16,14 +15,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from llmsqueeze.errors import LlmsqueezeError
-from llmsqueeze.methods import WEIGHT_METHODS
-from llmsqueeze.recipe import Calibration, config_fields
 
 if TYPE_CHECKING:
+    from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import Console
 
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
+
+CHECKPOINT_HELP = """CHECKPOINT is a Hugging Face directory, a hub id (ORG/NAME[@REVISION]), a .gguf
+file, a llmsqueeze checkpoint, or `demo` (SmolLM2-135M-Instruct)."""
 
 
 def make_console(
@@ -99,22 +100,30 @@ def device_option(body: Callable[..., None]) -> Callable[..., None]:
     )(body)  # fmt: skip
 
 
-def method_options(body: Callable[..., None]) -> Callable[..., None]:
-    """One option per field of the methods' Config classes; the defaults stay there."""
-    fields = {n: (f, m) for m in WEIGHT_METHODS for n, f in config_fields(m).items()}
-    for name, (field, method) in sorted(fields.items(), reverse=True):
-        body = click.option(
-            "--" + name.replace("_", "-"),
-            type=type(field.default),
-            default=None,
-            help=f"[{method}] {field.metadata['help']}  [default: {field.default}]",
-        )(body)
-    return body
+def open_checkpoint(
+    console: Console, spec: str, offline: bool, cache_dir: Path
+) -> tuple[Checkpoint, str]:
+    """CHECKPOINT as the user wrote it, opened, and what to call it."""
+    from llmsqueeze.checkpoint import Checkpoint
+    from llmsqueeze.source import locate
+
+    located = locate(spec, offline=offline, cache=cache_dir, note=console.note)
+    return Checkpoint(located.path), located.name
 
 
-def defaults(field: str) -> Any:
-    """A default of Calibration, which is where it is stated."""
-    return next(f.default for f in dataclasses.fields(Calibration) if f.name == field)
+def site_documents(manifest: Any) -> list[dict[str, Any]]:
+    """What --json says of every site."""
+    return [
+        {
+            "name": name,
+            "shape": list(record.shape),
+            "sparsity": record.sparsity,
+            "encoding": record.encoding,
+            "bytes": {"before": record.bytes_before, "after": record.bytes_after},
+            **record.report,
+        }
+        for name, record in manifest.sites.items()
+    ]
 
 
 def _libraries(verbose: bool) -> None:

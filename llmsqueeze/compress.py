@@ -10,24 +10,22 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from llmsqueeze import __version__, card
+from llmsqueeze import __version__, card, plan
 from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
-from llmsqueeze.calibrate import exact_matmul, walk
+from llmsqueeze.calibrate import Site, exact_matmul, walk
 from llmsqueeze.checkpoint import Checkpoint
-from llmsqueeze.data import calibration_windows, load_tokenizer
 from llmsqueeze.device import beside, calibration_dtype, worker
-from llmsqueeze.errors import CheckpointError, RecipeError
-from llmsqueeze.methods import weight_method
-from llmsqueeze.recipe import PruneRecipe, is_ignored
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.methods import refit_method, weight_method
+from llmsqueeze.methods.base import Pruned, Target, Tile
+from llmsqueeze.numerics.solve import relative_error
+from llmsqueeze.recipe import PruneRecipe
 from llmsqueeze.shards import hash_file
-
-DEFAULT_SEQLEN = 2048
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,7 @@ def prune(
     device: torch.device,
     *,
     overwrite: bool = False,
+    note: Callable[[str], None] = lambda message: None,
     on_block: Callable[[BlockDone], None] = lambda done: None,
 ) -> Report:
     """Prune a checkpoint into a new llmsqueeze checkpoint at `out`, one block at a time.
@@ -68,8 +67,7 @@ def prune(
     started = time.monotonic()
     check_output(out, overwrite)
     check_not_inside(out, checkpoint.path)
-    method = weight_method(recipe.method)
-    sites = choose_sites(checkpoint, recipe)
+    sites = plan.choose_sites(checkpoint, recipe)
     with (
         worker() as hashing,
         ArtifactWriter(out, overwrite=overwrite) as writer,
@@ -77,21 +75,31 @@ def prune(
         exact_matmul(),
     ):
         hashes = {file.name: hashing.submit(hash_file, file) for file in checkpoint.identity}
-        needs = method.needs(recipe.config)
-        recipe, tokens, calibration = _calibration(checkpoint, recipe, needs)
+        recipe, tokens, calibration = plan.calibration(checkpoint, recipe)
         dtype = calibration_dtype(recipe.dtype, checkpoint.dtype, device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         for name in checkpoint.outer_parameters:
             writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
+        targets = plan.allocate(checkpoint, sites, tokens, recipe, dtype, device)
         total = _Share()
         stored: Future[_Share] | None = None
-        for block in walk(checkpoint, tokens, needs, dtype, device, recipe.batch, recipe.order):
+        for block in walk(
+            checkpoint,
+            tokens,
+            recipe.needs,
+            dtype,
+            device,
+            recipe.batch,
+            recipe.order,
+            dense_share=recipe.dense_share if "product" in recipe.needs else 0.0,
+            held_out=plan.held_out_samples(recipe),
+        ):
             block_started = time.monotonic()
             reports = {}
             for site in block.sites:
-                if site.name in sites:
-                    pruned = method.prune(site.weight, site.stats, recipe.target, recipe.config)
+                if site.name in targets:
+                    pruned = prune_site(site, targets[site.name], recipe)
                     block.replace(site, pruned.weight)
                     reports[site.name] = pruned.report
             if stored:
@@ -128,6 +136,23 @@ def prune(
         peak_rss_bytes(),
         peak_device_bytes(device),
     )
+
+
+def prune_site(site: Site, target: Target, recipe: PruneRecipe) -> Pruned:
+    """Mask, then refit one linear. Nothing to remove: nothing changes, whatever the method."""
+    weight, stats = site.weight, site.stats
+    if target.sparsity == 0:
+        return Pruned(weight, torch.ones_like(weight, dtype=torch.bool))
+    pruned = weight_method(recipe.method).prune(weight, stats, target, recipe.config)
+    refit = refit_method(recipe.refit)
+    if refit is not None and stats is not None:
+        pruned = refit.refit(weight, pruned, stats, recipe.refit_config)
+    report = dict(pruned.report)
+    if stats is not None and "gram" in stats.needs:
+        report["relative_error"] = relative_error(weight, pruned.weight, stats.gram)
+    if isinstance(target.pattern, Tile):
+        report["dense_tiles"] = target.dense_of(target.pattern.count(*weight.shape))
+    return dataclasses.replace(pruned, report=report)
 
 
 def convert(
@@ -194,30 +219,6 @@ def _store(
     return share
 
 
-def choose_sites(checkpoint: Checkpoint, recipe: PruneRecipe) -> set[str]:
-    """Names of the linears to prune: those of the blocks less the ignored, checked against the pattern."""
-    unused = set(recipe.ignore)
-    for name, _ in checkpoint.model.named_modules():
-        unused -= set(is_ignored(name, recipe.ignore))
-    if unused:
-        raise RecipeError(f"--ignore {sorted(unused)[0]}: no module of this checkpoint matches")
-    sites: set[str] = set()
-    pattern = recipe.target.pattern
-    for index in range(checkpoint.block_count):
-        for name, linear in checkpoint.linears(index).items():
-            if is_ignored(name, recipe.ignore):
-                continue
-            misfit = pattern.misfit(linear.out_features, linear.in_features) if pattern else None
-            if misfit:
-                raise RecipeError(
-                    f"{misfit} of {name}; choose another pattern, or leave it dense with --ignore"
-                )
-            sites.add(name)
-    if not sites:
-        raise RecipeError("--ignore leaves nothing to prune")
-    return sites
-
-
 def check_not_inside(out: Path, source: Path) -> None:
     """RecipeError when `out` is the source directory or lies in it."""
     if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
@@ -233,52 +234,6 @@ def peak_rss_bytes() -> int:
 def peak_device_bytes(device: torch.device) -> int | None:
     """Highest memory allocated by tensors on an accelerator; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def _calibration(
-    checkpoint: Checkpoint, recipe: PruneRecipe, needs: frozenset[str]
-) -> tuple[PruneRecipe, Tensor | None, dict[str, Any] | None]:
-    """The recipe with its window length resolved, the tokens, and their description."""
-    if not needs:
-        return recipe, None, None
-    asked = recipe.calibration
-    seqlen = window_length(checkpoint, asked.seqlen)
-    windows = calibration_windows(
-        asked.text,
-        load_tokenizer(checkpoint.path),
-        samples=asked.samples,
-        seqlen=seqlen,
-        seed=asked.seed,
-        bos=asked.bos,
-    )
-    check_vocabulary(windows.tokens, checkpoint)
-    resolved = dataclasses.replace(recipe, calibration=dataclasses.replace(asked, seqlen=seqlen))
-    return resolved, windows.tokens, windows.describe()
-
-
-def window_length(checkpoint: Checkpoint, asked: int | None) -> int:
-    """Tokens per window: what was asked, else 2048 or the most positions the model has.
-
-    Never simply max_position_embeddings: 131072 tokens a sample help no statistic and fill memory.
-    """
-    longest = checkpoint.config.get("max_position_embeddings")
-    if not isinstance(longest, int):
-        return asked or DEFAULT_SEQLEN
-    if asked is not None and asked > longest:
-        raise RecipeError(
-            f"--seqlen {asked} exceeds the {longest} positions this model was built for"
-        )
-    return asked or min(DEFAULT_SEQLEN, longest)
-
-
-def check_vocabulary(tokens: Tensor, checkpoint: Checkpoint) -> None:
-    """CheckpointError when the tokenizer produces ids that the embedding does not have."""
-    rows = checkpoint.model.get_input_embeddings().weight.shape[0]
-    if int(tokens.max()) >= rows:
-        raise CheckpointError(
-            f"{checkpoint.path}: the tokenizer gives id {int(tokens.max())}, the embedding has "
-            f"{rows} rows; tokenizer and weights do not belong together"
-        )
 
 
 def _versions() -> dict[str, str]:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.methods import WEIGHT_METHODS, weight_method
-from llmsqueeze.methods.base import Target
+from llmsqueeze.methods import (
+    ALLOCATIONS,
+    DEFAULT_METHOD,
+    DEFAULT_REFIT,
+    REFITS,
+    WEIGHT_METHODS,
+    Entry,
+    allocation_method,
+    load_entry,
+    refit_method,
+    weight_method,
+)
+from llmsqueeze.methods.base import Target, Tile
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ORDERS = ("group", "block")
@@ -36,8 +49,11 @@ class Calibration:
 
 @dataclass(frozen=True)
 class PruneRecipe:
-    """method and its config, how much to remove where, and on which tokens.
+    """mask × refit × allocation × pattern, and on which tokens.
 
+    method, refit, allocation: names of methods/__init__.py's tables, each with its Config.
+    dense_share: how far weights are fitted to what the dense model computes in their place
+    (InputStats.product), where a method or refit fits at all.
     ignore: linears left dense; a full module name, its last components, or `re:` and a regular
     expression searched in the full name. dtype: of the calibration's computation.
     batch: calibration samples per forward pass; 0 lets the device decide. order: see calibrate.walk.
@@ -46,6 +62,11 @@ class PruneRecipe:
     method: str
     target: Target
     config: Any
+    refit: str = "none"
+    refit_config: Any = None
+    allocation: str = "uniform"
+    allocation_config: Any = None
+    dense_share: float = 0.5
     ignore: tuple[str, ...] = ()
     calibration: Calibration = field(default_factory=Calibration)
     dtype: str = "auto"
@@ -59,6 +80,8 @@ class PruneRecipe:
             raise RecipeError(f"order {self.order!r}; choose from {', '.join(ORDERS)}")
         if self.batch < 0:
             raise RecipeError(f"--batch-size {self.batch}: give a positive number of samples")
+        if not 0 <= self.dense_share <= 1:
+            raise RecipeError(f"--dense-share {self.dense_share} is outside [0, 1]")
         for pattern in self.ignore:
             if pattern.startswith("re:"):
                 try:
@@ -66,34 +89,136 @@ class PruneRecipe:
                 except re.error as error:
                     raise RecipeError(f"--ignore {pattern}: not a regular expression") from error
 
+    @property
+    def needs(self) -> frozenset[str]:
+        """Statistics that pruning and refitting need; empty means no calibration data."""
+        needs = weight_method(self.method).needs(self.config)
+        refit = refit_method(self.refit)
+        return needs | refit.needs(self.refit_config) if refit else needs
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; what the manifest keeps."""
+        """Plain JSON types; what the manifest keeps and from_dict reads."""
         raw = asdict(self)
-        raw["target"] = {
-            "sparsity": self.target.sparsity,
-            "pattern": self.target.pattern_name,
-        }
+        pattern = self.target.pattern
+        raw["target"] = {"sparsity": self.target.sparsity, "pattern": self.target.pattern_name}
+        if isinstance(pattern, Tile):
+            raw["target"]["tile"] = pattern.size
+        elif pattern and pattern.axis == "out":
+            raw["target"]["channel_budget"] = pattern.budget
         raw["ignore"] = list(self.ignore)
-        if not weight_method(self.method).needs(self.config):
+        if not self.needs and not allocation_needs(self):
             raw["calibration"] = None
         return raw
 
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> PruneRecipe:
+        """A recipe from plain types, what is left out at its default; RecipeError on unknown keys."""
+        raw = dict(raw)
+        target = _section(raw, "target", ("sparsity", "pattern", "tile", "channel_budget"))
+        if "channel_budget" in target:
+            target["budget"] = target.pop("channel_budget")
+        calibration = _section(raw, "calibration", [f.name for f in fields(Calibration)])
+        # A method that was asked for by name runs as published; the default is the best we know.
+        named = raw.pop("method", None)
+        method = named or DEFAULT_METHOD
+        refit = raw.pop("refit", None) or ("none" if named else DEFAULT_REFIT)
+        allocation = raw.pop("allocation", None) or "uniform"
+        for key in raw:
+            if key not in {f.name for f in fields(cls)}:
+                raise RecipeError(f"recipe: unknown key {key!r}")
+        try:
+            return cls(
+                method=method,
+                target=Target.parse(**target),
+                config=_config(weight_method(method), method, raw.pop("config", None)),
+                refit=refit,
+                refit_config=_config(refit_method(refit), refit, raw.pop("refit_config", None)),
+                allocation=allocation,
+                allocation_config=_config(
+                    allocation_method(allocation), allocation, raw.pop("allocation_config", None)
+                ),
+                calibration=Calibration(**calibration),
+                ignore=tuple(raw.pop("ignore", None) or ()),
+                **raw,
+            )
+        except TypeError as error:  # a value of the wrong kind
+            raise RecipeError(f"recipe: {error}") from error
 
-def method_config(method: str, options: dict[str, Any]) -> Any:
-    """The method's Config from the options that were given; RecipeError on one it does not have."""
-    config = weight_method(method).Config
-    known = {f.name for f in fields(config)}
-    for name in options:
-        if name not in known:
-            owners = [m for m in WEIGHT_METHODS if name in config_fields(m)]
+
+def allocation_needs(recipe: PruneRecipe) -> frozenset[str]:
+    """Statistics of the dense model that the allocation needs."""
+    allocation = allocation_method(recipe.allocation)
+    return allocation.needs(recipe.allocation_config) if allocation else frozenset()
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """A recipe file: YAML in the shape of PruneRecipe.to_dict, any part left out."""
+    import yaml
+
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(f"{path}: not a mapping of recipe keys to values")
+    return raw
+
+
+def place_options(raw: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """`raw` with options of the methods' Configs put where they belong.
+
+    RecipeError on an option that none of the recipe's methods has.
+    """
+    raw = dict(raw)
+    chosen = {
+        "config": (WEIGHT_METHODS, raw.get("method") or DEFAULT_METHOD),
+        "refit_config": (
+            REFITS,
+            raw.get("refit") or ("none" if raw.get("method") else DEFAULT_REFIT),
+        ),
+        "allocation_config": (ALLOCATIONS, raw.get("allocation") or "uniform"),
+    }
+    for name, value in options.items():
+        for section, (table, choice) in chosen.items():
+            if name in config_fields(table, choice):
+                raw[section] = {**(raw.get(section) or {}), name: value}
+                break
+        else:
+            owners = [c for t, _ in chosen.values() for c in t if name in config_fields(t, c)]
             flag = "--" + name.replace("_", "-")
-            raise RecipeError(f"{flag} belongs to {', '.join(owners) or 'no method'}, not {method}")
-    return config(**options)
+            raise RecipeError(
+                f"{flag} belongs to {', '.join(owners)}, which this recipe does not use"
+            )
+    return raw
 
 
-def config_fields(method: str) -> dict[str, Any]:
-    """The dataclass fields of a method's Config by name."""
-    return {f.name: f for f in fields(weight_method(method).Config)}
+def config_fields(table: dict[str, Entry], name: str) -> dict[str, Any]:
+    """The dataclass fields of a method's Config by name; none when the choice is to do nothing."""
+    module = load_entry(table, name)
+    return {f.name: f for f in fields(module.Config)} if module else {}
+
+
+def _section(raw: dict[str, Any], name: str, known: Iterable[str]) -> dict[str, Any]:
+    section = raw.pop(name, None) or {}
+    if not isinstance(section, dict):
+        raise RecipeError(f"recipe: {name} is not a mapping")
+    for key in section:
+        if key not in known:
+            raise RecipeError(f"recipe: unknown key {key!r} in {name}")
+    return dict(section)
+
+
+def _config(module: Any, name: str, given: dict[str, Any] | None) -> Any:
+    given = given or {}
+    if not isinstance(given, dict):
+        raise RecipeError(f"recipe: the settings of {name} are not a mapping")
+    known = {f.name for f in fields(module.Config)} if module else set()
+    for key in given:
+        if key not in known:
+            raise RecipeError(f"recipe: {name} has no setting {key!r}")
+    return module.Config(**given) if module else None
 
 
 def is_ignored(name: str, patterns: tuple[str, ...]) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from llmsqueeze import compress
-from llmsqueeze.architectures import BLOCKS
+from llmsqueeze.architectures import FAMILIES
 from llmsqueeze.calibrate import walk
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError
@@ -40,7 +40,7 @@ GROUPS: dict[str, list[set[str]]] = {
     "opt": [{"q_proj", "k_proj", "v_proj"}, {"out_proj"}, {"fc1"}, {"fc2"}],
     "gpt_neox": [{"query_key_value"}, {"dense"}, {"dense_h_to_4h"}, {"dense_4h_to_h"}],
 }
-families = pytest.mark.parametrize("family", sorted(BLOCKS))
+families = pytest.mark.parametrize("family", sorted(FAMILIES))
 
 
 def tokens(samples: int = 5, seqlen: int = 16) -> Tensor:
@@ -69,7 +69,7 @@ def block_inputs(model: Any, path: str, ids: Tensor) -> list[Tensor]:
 
 
 def test_every_family_is_covered() -> None:
-    assert set(TINY) == set(BLOCKS) == set(GROUPS)
+    assert set(TINY) == set(FAMILIES) == set(GROUPS)
 
 
 @families

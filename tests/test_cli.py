@@ -27,10 +27,12 @@ def test_help_names_every_command(cli: Cli) -> None:
 
 
 def test_prune_json_contract(cli: Cli, tiny: Tiny, tmp_path: Path, prune_args: list[Any]) -> None:
-    result = cli("prune", tiny(), "-o", tmp_path / "out", "--json", *prune_args)
+    args = ["--method", "wanda", *prune_args]
+    result = cli("prune", tiny(), "-o", tmp_path / "out", "--json", *args)
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert document["method"] == "wanda"
+    assert document["refit"] == "none"
     assert document["pattern"] == "unstructured"
     assert document["sparsity"] == pytest.approx(0.5)
     assert document["bytes"]["after"] < document["bytes"]["before"]
@@ -84,7 +86,7 @@ def test_environment_twins(
 
 def test_inspect_and_verify(cli: Cli, tiny: Tiny, tmp_path: Path, prune_args: list[Any]) -> None:
     out = tmp_path / "out"
-    assert cli("prune", tiny(), "-o", out, *prune_args).exit_code == 0
+    assert cli("prune", tiny(), "-o", out, "--method", "wanda", *prune_args).exit_code == 0
     document = json.loads(cli("inspect", out, "--json", "--verify").stdout)
     assert document["verified"] is True
     assert document["steps"][0]["recipe"]["method"] == "wanda"

@@ -1,4 +1,4 @@
-"""The table of methods: adding one is its file, its line here, and its test.
+"""The tables of methods: adding one is its file, its line here, and its test.
 
 Method modules import torch only inside their functions, so that the command line can read every
 ``Config`` (names, defaults, help) without paying for torch.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.methods.base import WeightMethod
+from llmsqueeze.methods.base import AllocationMethod, RefitMethod, WeightMethod
 
 
 @dataclass(frozen=True)
 class Entry:
+    """module: dotted path; empty when the choice is to do nothing."""
+
     module: str
     summary: str
 
@@ -24,11 +26,40 @@ WEIGHT_METHODS: dict[str, Entry] = {
     "magnitude": Entry("llmsqueeze.methods.magnitude", "smallest |W| of the matrix; needs no data"),
     "wanda": Entry("llmsqueeze.methods.wanda", "smallest |W|·‖x‖ of each output row"),
     "sparsegpt": Entry("llmsqueeze.methods.sparsegpt", "second-order, with weight update"),
+    "admm": Entry("llmsqueeze.methods.admm", "mask and weights together, by gradual masking"),
 }
+
+REFITS: dict[str, Entry] = {
+    "none": Entry("", "weights stay as the method left them"),
+    "pcg": Entry("llmsqueeze.methods.refit", "least squares on what stays, by conjugate gradient"),
+}
+
+ALLOCATIONS: dict[str, Entry] = {
+    "uniform": Entry("", "the same sparsity everywhere"),
+}
+
+# What `prune` does when no method is named: the best of these tables in README, for every pattern.
+DEFAULT_METHOD = "admm"
+DEFAULT_REFIT = "pcg"
 
 
 def weight_method(name: str) -> WeightMethod:
     """The module of one weight pruning method; RecipeError names the choices when there is none."""
-    if name not in WEIGHT_METHODS:
-        raise RecipeError(f"unknown method {name!r}; choose from {', '.join(WEIGHT_METHODS)}")
-    return cast(WeightMethod, importlib.import_module(WEIGHT_METHODS[name].module))
+    return cast(WeightMethod, load_entry(WEIGHT_METHODS, name))
+
+
+def refit_method(name: str) -> RefitMethod | None:
+    """The module of one refit; None for "none"."""
+    return cast("RefitMethod | None", load_entry(REFITS, name))
+
+
+def allocation_method(name: str) -> AllocationMethod | None:
+    """The module of one allocation; None for "uniform"."""
+    return cast("AllocationMethod | None", load_entry(ALLOCATIONS, name))
+
+
+def load_entry(table: dict[str, Entry], name: str) -> Any:
+    """The module behind one line of a table; None where there is nothing to do."""
+    if name not in table:
+        raise RecipeError(f"unknown method {name!r}; choose from {', '.join(table)}")
+    return importlib.import_module(table[name].module) if table[name].module else None

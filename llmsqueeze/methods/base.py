@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from llmsqueeze.numerics.stats import InputStats
 
 
+# Share of the inputs that N:M along outputs keeps whole, and of those it drops for that.
+DEFAULT_BUDGET = 0.05
+
+
 @dataclass(frozen=True)
 class NM:
     """n kept of every m consecutive weights. (The Wanda code counts n *removed*.)
@@ -106,9 +110,17 @@ class Target:
 
     @classmethod
     def parse(
-        cls, sparsity: float | None, pattern: str, *, tile: int = 128, budget: float = 0.0
+        cls,
+        sparsity: float | None = None,
+        pattern: str = "unstructured",
+        *,
+        tile: int = 128,
+        budget: float | None = None,
     ) -> Target:
-        """From the command line's words: sparsity may be left out where the pattern implies it."""
+        """From the command line's words: sparsity may be left out where the pattern implies it.
+
+        budget None: DEFAULT_BUDGET where the pattern can have one.
+        """
         if pattern == "unstructured":
             return cls(0.5 if sparsity is None else sparsity)
         if pattern == "tile":
@@ -119,8 +131,10 @@ class Target:
                 f"unknown pattern {pattern!r}; use unstructured, N:M (N kept of M), e.g. 2:4, "
                 "N:M-out or tile"
             )
-        axis = "out" if match[3] else "in"
-        nm = NM(int(match[1]), int(match[2]), axis, budget if axis == "out" else 0.0)
+        n, m, axis = int(match[1]), int(match[2]), "out" if match[3] else "in"
+        if budget is None:
+            budget = DEFAULT_BUDGET if axis == "out" and 2 * n == m else 0.0
+        nm = NM(n, m, axis, budget)
         return cls(nm.sparsity if sparsity is None else sparsity, nm)
 
     @property
@@ -165,3 +179,38 @@ class WeightMethod(Protocol):
     def prune(
         self, weight: Tensor, stats: InputStats | None, target: Target, config: Any
     ) -> Pruned: ...
+
+
+class RefitMethod(Protocol):
+    """The shape of a module that changes the weights a mask left, and not the mask."""
+
+    Config: Any
+
+    def needs(self, config: Any) -> frozenset[str]: ...
+
+    def refit(self, weight: Tensor, pruned: Pruned, stats: InputStats, config: Any) -> Pruned: ...
+
+
+class AllocationMethod(Protocol):
+    """The shape of a module that says how much goes where, from one look at the dense model.
+
+    needs: the statistics of the dense model; empty means no calibration data.
+    measure: one block's sites, [out, in] weights and statistics; only what it returns is kept.
+    assign: a target for every site, whose mean weighted by parameters is that of `target`.
+    """
+
+    Config: Any
+
+    def needs(self, config: Any) -> frozenset[str]: ...
+
+    def measure(
+        self, sites: dict[str, tuple[Tensor, InputStats | None]], target: Target, config: Any
+    ) -> Any: ...
+
+    def assign(
+        self,
+        measured: list[Any],
+        shapes: list[dict[str, tuple[int, int]]],
+        target: Target,
+        config: Any,
+    ) -> dict[str, Target]: ...

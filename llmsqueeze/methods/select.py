@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 from llmsqueeze.methods.base import NM, Target
@@ -27,3 +28,22 @@ def choose(score: Tensor, target: Target) -> Tensor:
         return keep_nm(score, pattern.n, pattern.m)
     dense = target.dense_of(pattern.count(*score.shape))
     return keep_tiles(score, pattern.size, dense)
+
+
+def relaxed(target: Target, share: float) -> Target | None:
+    """`target` on the way: only this share of its zeros, in (0, 1]; None while nothing goes yet.
+
+    N:M removes a growing number of every M. Tiles ask for all at once.
+    """
+    pattern = target.pattern
+    if pattern is None:
+        return dataclasses.replace(target, sparsity=target.sparsity * share)
+    if not isinstance(pattern, NM):
+        return target
+    kept = pattern.m - round((pattern.m - pattern.n) * share)
+    if kept == pattern.m:
+        return None
+    # A budget moves whole inputs and needs the final group, so it comes with the last step.
+    budget = pattern.budget if kept == pattern.n else 0.0
+    partial = dataclasses.replace(pattern, n=kept, budget=budget)
+    return dataclasses.replace(target, sparsity=partial.sparsity, pattern=partial)

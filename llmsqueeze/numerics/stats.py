@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STATISTICS = frozenset({"sum", "sq_sum", "gram"})
+STATISTICS = frozenset({"sum", "sq_sum", "gram", "product"})
 
 _SLICE = 64
 
@@ -20,8 +20,9 @@ class InputStats:
     "sum"     sum [in] fp64, Σ x; sample_sq [in] fp64, Σ over samples of (Σ over its tokens of x)²
     "sq_sum"  sq_sum [in] fp64, Σ x²
     "gram"    gram [in, in] fp32, Σ x xᵀ
+    "product" what product() needs beyond the gram, which must be gathered too
 
-    dense_share α > 0 also follows the uncompressed model beside the compressed one (gram needed):
+    With "product", dense_share α > 0 follows the uncompressed model beside the compressed one:
     cross [in, in] fp32, Σ x̂ xᵀ, where x̂ is what the dense model has in place of x;
     drift [out, in] fp32, Σ (r̂ - r) xᵀ, r the residual stream that the linears add to; None where
     they do not write to it.
@@ -87,6 +88,21 @@ class InputStats:
             if self.drift is not None:
                 assert drift is not None
                 _add_product(self.drift, drift.reshape(-1, drift.shape[-1]), tokens)
+
+    def fitting(self) -> InputStats:
+        """The sums without the held-out tokens; gram, and what product() needs."""
+        if self.held_out is None:
+            return self
+        if "fitting" not in self.memo:
+            rest = InputStats(0, frozenset(), torch.device("cpu"))
+            rest.needs, rest.dense_share = self.needs, self.dense_share
+            rest.count = self.count - self.held_out.count
+            for name in ("gram", "cross", "drift", "sq_sum"):
+                if getattr(self, name, None) is not None:
+                    setattr(rest, name, getattr(self, name) - getattr(self.held_out, name))
+            self.memo["fitting"] = rest
+        fitting: InputStats = self.memo["fitting"]
+        return fitting
 
     def merge(self, other: InputStats) -> None:
         """Add the sums of `other`, gathered from other tokens of the same input."""

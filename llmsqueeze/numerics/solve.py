@@ -1,0 +1,86 @@
+"""Least squares on the weights that stay: rows are independent, and all are solved at once."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Quadratic(NamedTuple):
+    """‖Z x - t‖² over tokens, less a constant: Σ_rows z G zᵀ - 2 z bᵀ.
+
+    gram: [in, in] fp32, Σ x xᵀ. product: [out, in] fp32, Σ t xᵀ.
+    """
+
+    gram: Tensor
+    product: Tensor
+
+    def value(self, z: Tensor) -> Tensor:
+        """[out]: each row's objective."""
+        return (z * (z @ self.gram - 2 * self.product)).sum(dim=1)
+
+    def ridged(self, anchor: Tensor, ridge: float) -> Quadratic:
+        """With ridge · mean(diag G) · ‖Z - anchor‖² added. anchor: [out, in] fp32."""
+        extra = ridge * self.gram.diagonal().mean()
+        gram = self.gram.clone()
+        gram.diagonal().add_(extra)
+        return Quadratic(gram, self.product + extra * anchor)
+
+
+class Solution(NamedTuple):
+    """weight: [out, in] fp32, zero where not kept. steps: the mean over rows of the step that was best."""
+
+    weight: Tensor
+    steps: float
+
+
+def masked_pcg(
+    start: Tensor, keep: Tensor, problem: Quadratic, steps: int, judge: Quadratic | None = None
+) -> Solution:
+    """Minimise `problem` over the kept entries by conjugate gradient, preconditioned by 1 / diag G.
+
+    start: [out, in] fp32. keep: bool of the same shape. Every step lowers every row's objective.
+    judge: the same objective on other tokens; each row then stops where its judged value was lowest,
+    which is never above that of `start`.
+    """
+    kept = keep.to(start.dtype)
+    z = start * kept
+    inverse = problem.gram.diagonal().clamp_min(torch.finfo(start.dtype).tiny).reciprocal()
+    residual = (problem.product - z @ problem.gram) * kept
+    direction = residual * inverse
+    energy = (residual * direction).sum(dim=1, keepdim=True)
+    best, best_value, best_step = z, None, torch.zeros_like(energy)
+    if judge is not None:
+        best_value = judge.value(z).unsqueeze(1)
+    for step in range(1, steps + 1):
+        change = (direction @ problem.gram) * kept
+        curvature = (direction * change).sum(dim=1, keepdim=True)
+        # A row that is solved (or has nothing to solve) has no energy left and stays where it is.
+        length = torch.where(curvature > 0, energy / curvature, torch.zeros_like(energy))
+        z = z + length * direction
+        residual = residual - length * change
+        scaled = residual * inverse
+        following = (residual * scaled).sum(dim=1, keepdim=True)
+        turn = torch.where(energy > 0, following / energy, torch.zeros_like(energy))
+        direction = scaled + turn * direction
+        energy = following
+        if judge is None or best_value is None:
+            best, best_step = z, torch.full_like(energy, step)
+            continue
+        value = judge.value(z).unsqueeze(1)
+        better = value < best_value
+        best = torch.where(better, z, best)
+        best_value = torch.where(better, value, best_value)
+        best_step = torch.where(better, torch.full_like(energy, step), best_step)
+    return Solution(best, float(best_step.mean()))
+
+
+def relative_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
+    """‖(Ŵ - W) x‖² / ‖W x‖² over the tokens of `gram`; 0 when W x is 0."""
+    weight = weight.float()
+    change = pruned.float() - weight
+    lost = (change @ gram * change).sum(dtype=torch.float64)
+    whole = (weight @ gram * weight).sum(dtype=torch.float64)
+    return float(lost / whole) if float(whole) > 0 else 0.0

@@ -1,0 +1,117 @@
+"""What is decided before the first weight changes: sites, tokens, how much goes where, how much memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsqueeze.calibrate import walk
+from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.data import calibration_windows, load_tokenizer
+from llmsqueeze.errors import CheckpointError, RecipeError
+from llmsqueeze.methods import allocation_method
+from llmsqueeze.methods.base import Target
+from llmsqueeze.recipe import PruneRecipe, allocation_needs, is_ignored
+
+DEFAULT_SEQLEN = 2048
+
+
+def choose_sites(checkpoint: Checkpoint, recipe: PruneRecipe) -> set[str]:
+    """Names of the linears to prune: those of the blocks less the ignored, checked against the pattern."""
+    unused = set(recipe.ignore)
+    for name, _ in checkpoint.model.named_modules():
+        unused -= set(is_ignored(name, recipe.ignore))
+    if unused:
+        raise RecipeError(f"--ignore {sorted(unused)[0]}: no module of this checkpoint matches")
+    sites: set[str] = set()
+    pattern = recipe.target.pattern
+    for index in range(checkpoint.block_count):
+        for name, linear in checkpoint.linears(index).items():
+            if is_ignored(name, recipe.ignore):
+                continue
+            misfit = pattern.misfit(linear.out_features, linear.in_features) if pattern else None
+            if misfit:
+                raise RecipeError(
+                    f"{misfit} of {name}; choose another pattern, or leave it dense with --ignore"
+                )
+            sites.add(name)
+    if not sites:
+        raise RecipeError("--ignore leaves nothing to prune")
+    return sites
+
+
+def held_out_samples(recipe: PruneRecipe) -> int:
+    """Calibration samples that a refit is judged on instead of fitted to: an eighth, at least one."""
+    samples = recipe.calibration.samples
+    return max(1, samples // 8) if recipe.refit != "none" and samples > 1 else 0
+
+
+def allocate(
+    checkpoint: Checkpoint,
+    sites: set[str],
+    tokens: Tensor | None,
+    recipe: PruneRecipe,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> dict[str, Target]:
+    """A target for every site. An allocation other than uniform looks at the dense model first."""
+    allocation = allocation_method(recipe.allocation)
+    if allocation is None:
+        return dict.fromkeys(sites, recipe.target)
+    measured, shapes = [], []
+    needs = allocation.needs(recipe.allocation_config)
+    for block in walk(checkpoint, tokens, needs, dtype, device, recipe.batch, "block"):
+        seen = {s.name: (s.weight, s.stats) for s in block.sites if s.name in sites}
+        if seen:
+            measured.append(allocation.measure(seen, recipe.target, recipe.allocation_config))
+            shapes.append({name: tuple(weight.shape) for name, (weight, _) in seen.items()})
+    return allocation.assign(measured, shapes, recipe.target, recipe.allocation_config)
+
+
+def calibration(
+    checkpoint: Checkpoint, recipe: PruneRecipe
+) -> tuple[PruneRecipe, Tensor | None, dict[str, Any] | None]:
+    """The recipe with its window length resolved, the tokens, and their description."""
+    if not recipe.needs and not allocation_needs(recipe):
+        return recipe, None, None
+    asked = recipe.calibration
+    seqlen = window_length(checkpoint, asked.seqlen)
+    windows = calibration_windows(
+        asked.text,
+        load_tokenizer(checkpoint.path),
+        samples=asked.samples,
+        seqlen=seqlen,
+        seed=asked.seed,
+        bos=asked.bos,
+    )
+    check_vocabulary(windows.tokens, checkpoint)
+    resolved = dataclasses.replace(recipe, calibration=dataclasses.replace(asked, seqlen=seqlen))
+    return resolved, windows.tokens, windows.describe()
+
+
+def window_length(checkpoint: Checkpoint, asked: int | None) -> int:
+    """Tokens per window: what was asked, else 2048 or the most positions the model has.
+
+    Never simply max_position_embeddings: 131072 tokens a sample help no statistic and fill memory.
+    """
+    longest = checkpoint.config.get("max_position_embeddings")
+    if not isinstance(longest, int):
+        return asked or DEFAULT_SEQLEN
+    if asked is not None and asked > longest:
+        raise RecipeError(
+            f"--seqlen {asked} exceeds the {longest} positions this model was built for"
+        )
+    return asked or min(DEFAULT_SEQLEN, longest)
+
+
+def check_vocabulary(tokens: Tensor, checkpoint: Checkpoint) -> None:
+    """CheckpointError when the tokenizer produces ids that the embedding does not have."""
+    rows = checkpoint.model.get_input_embeddings().weight.shape[0]
+    if int(tokens.max()) >= rows:
+        raise CheckpointError(
+            f"{checkpoint.path}: the tokenizer gives id {int(tokens.max())}, the embedding has "
+            f"{rows} rows; tokenizer and weights do not belong together"
+        )

@@ -1,0 +1,232 @@
+"""`llmsqueeze prune`: options and recipe file → one PruneRecipe → one call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmsqueeze.command import (
+    CHECKPOINT_HELP,
+    checkpoint_options,
+    common,
+    device_option,
+    open_checkpoint,
+    site_documents,
+)
+from llmsqueeze.methods import ALLOCATIONS, REFITS, WEIGHT_METHODS, Entry
+from llmsqueeze.methods.base import DEFAULT_BUDGET
+from llmsqueeze.recipe import (
+    DTYPES,
+    ORDERS,
+    Calibration,
+    PruneRecipe,
+    config_fields,
+    place_options,
+    read_recipe,
+)
+
+if TYPE_CHECKING:
+    from llmsqueeze.artifact import Manifest
+    from llmsqueeze.console import Console
+
+# Options that are keys of a recipe's sections, and their names there.
+TOP = {
+    name: name
+    for name in ("method", "refit", "allocation", "dense_share", "ignore", "dtype", "order")
+}
+TOP["batch_size"] = "batch"
+TARGET = {name: name for name in ("sparsity", "pattern", "tile", "channel_budget")}
+CALIBRATION = {
+    "calib": "text",
+    "samples": "samples",
+    "seqlen": "seqlen",
+    "seed": "seed",
+    "bos": "bos",
+}
+
+
+def _summaries(table: dict[str, Entry]) -> str:
+    return "\n".join(f"  {name:<11}{entry.summary}" for name, entry in table.items())
+
+
+def method_options(body: Callable[..., None]) -> Callable[..., None]:
+    """One option per field of the methods' Config classes; the defaults stay there."""
+    found = {
+        name: (field, choice)
+        for table in (WEIGHT_METHODS, REFITS, ALLOCATIONS)
+        for choice in table
+        for name, field in config_fields(table, choice).items()
+    }
+    for name, (field, choice) in sorted(found.items(), reverse=True):
+        body = click.option(
+            "--" + name.replace("_", "-"),
+            type=type(field.default),
+            default=None,
+            help=f"[{choice}] {field.metadata['help']}  [default: {field.default}]",
+        )(body)
+    return body
+
+
+def _default(owner: type, field: str) -> str:
+    """Help text for a default that is stated in a dataclass."""
+    value = next(f.default for f in dataclasses.fields(owner) if f.name == field)
+    return f"  [default: {value}]"
+
+
+@click.command(
+    help=f"""Prune the weights of CHECKPOINT and write a smaller checkpoint to OUT.
+
+{CHECKPOINT_HELP}
+
+\b
+Methods:
+{_summaries(WEIGHT_METHODS)}
+
+\b
+Refits (--refit), after any method:
+{_summaries(REFITS)}
+
+\b
+Allocations (--allocation), how much goes where:
+{_summaries(ALLOCATIONS)}
+
+Without --method: admm and refit, which lose least at every pattern measured in README. A method that
+is named runs as published, without refit unless --refit asks for it.
+
+Embeddings and lm_head are never pruned. The model is read and written one block at a time.
+"""
+)
+@click.argument("checkpoint")
+@click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New directory.")
+@click.option("--recipe", "recipe_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="YAML with any part of a recipe, as llmsqueeze.json records it; options given "
+              "here win.")  # fmt: skip
+@click.option("--method", type=click.Choice(list(WEIGHT_METHODS)),
+              help="How weights are chosen.  [default: admm with --refit pcg]")  # fmt: skip
+@click.option("--refit", type=click.Choice(list(REFITS)), help="How what stays is solved again.")
+@click.option("--allocation", type=click.Choice(list(ALLOCATIONS)),
+              help="How much goes where.  [default: uniform]")  # fmt: skip
+@click.option("--sparsity", type=float,
+              help="Fraction to remove, in [0, 1).  [default: 0.5; tile: 0.35]")  # fmt: skip
+@click.option("--pattern",
+              help="unstructured; N:M, N kept of every M inputs; N:M-out, of every M outputs; tile, "
+              "square tiles each dense or 2:4.  [default: unstructured]")  # fmt: skip
+@click.option("--tile", type=int, help="[tile] Tile size.  [default: 128]")
+@click.option("--channel-budget", type=float,
+              help="[N:M-out] Share of inputs kept whole, and dropped in exchange."
+              f"  [default: {DEFAULT_BUDGET}]")  # fmt: skip
+@click.option("--dense-share", type=float,
+              help="How far admm and refit aim at what the dense model computes, 0 to 1; 0 follows "
+              "the pruned model alone." + _default(PruneRecipe, "dense_share"))  # fmt: skip
+@click.option("--ignore", multiple=True, metavar="NAME",
+              help="Linear to leave dense: full name, last part (down_proj), or re:REGEX. "
+              "Repeatable.")  # fmt: skip
+@method_options
+@click.option("--calib", metavar="TEXT",
+              help="Calibration text: FILE.txt, FILE.jsonl, or a hub dataset NAME[:CONFIG[:SPLIT]]. "
+              "[default: bundled texts]")  # fmt: skip
+@click.option("--samples", type=int, help="Calibration windows." + _default(Calibration, "samples"))
+@click.option(
+    "--seqlen", type=int, help="Tokens per window.  [default: 2048, or what the model has]"
+)
+@click.option("--seed", type=int, envvar="LLMSQUEEZE_SEED",
+              help="Shuffles bundled texts and document collections; a .txt is never shuffled."
+              + _default(Calibration, "seed"))  # fmt: skip
+@click.option("--bos", is_flag=True, default=None,
+              help="Start the text with the beginning-of-text token.")  # fmt: skip
+@click.option("--dtype", type=click.Choice(DTYPES),
+              help="Precision of calibration; auto: the checkpoint's where the device computes in it "
+              "natively, else float32." + _default(PruneRecipe, "dtype"))  # fmt: skip
+@click.option("--batch-size", type=int, help="Samples per forward pass.  [default: auto]")
+@click.option("--order", type=click.Choice(ORDERS),
+              help="group: measure q/k/v, compress, measure o, …: one pass. "
+              "block: measure the whole uncompressed block: two passes, less memory."
+              + _default(PruneRecipe, "order"))  # fmt: skip
+@click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
+@device_option
+@checkpoint_options
+@common
+def prune(
+    console: Console,
+    checkpoint: str,
+    out: Path,
+    recipe_file: Path | None,
+    overwrite: bool,
+    device: str,
+    offline: bool,
+    cache_dir: Path,
+    **options: Any,
+) -> None:
+    recipe = build_recipe(read_recipe(recipe_file) if recipe_file else {}, options)
+
+    from llmsqueeze import compress
+    from llmsqueeze.artifact import check_output
+    from llmsqueeze.console import facts, size
+    from llmsqueeze.device import choose_device
+
+    check_output(out, overwrite)
+    where = choose_device(device)
+    opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
+    with console.steps("pruning block") as progress:
+        report = compress.prune(
+            opened, name, out, recipe, where, overwrite=overwrite, note=console.note,
+            on_block=lambda b: progress(b.index + 1, b.total, f"{b.seconds:.1f} s"),
+        )  # fmt: skip
+    manifest = report.manifest
+    document = {
+        "out": str(out),
+        "method": recipe.method,
+        "refit": recipe.refit,
+        "allocation": recipe.allocation,
+        "pattern": recipe.target.pattern_name,
+        "sparsity": report.sparsity,
+        "bytes": {"before": manifest.bytes_before, "after": manifest.bytes_after},
+        "seconds": report.seconds,
+        "peak_rss_bytes": report.peak_rss_bytes,
+        "peak_device_bytes": report.peak_device_bytes,
+        "sites": site_documents(manifest),
+    }
+    parts = [recipe.method, f"refit {recipe.refit}" if recipe.refit != "none" else ""]
+    parts += [f"allocation {recipe.allocation}" if recipe.allocation != "uniform" else ""]
+    rows = {
+        "method": ", ".join(part for part in [*parts, recipe.target.pattern_name] if part),
+        "sparsity": f"{report.sparsity:.2%} of {len(manifest.sites)} linears",
+        "size": f"{size(manifest.bytes_before)} → {size(manifest.bytes_after)} "
+        f"({manifest.bytes_after / manifest.bytes_before:.0%})",
+        "output error": _errors(manifest),
+        "time": f"{report.seconds:.1f} s",
+        "peak memory": size(report.peak_rss_bytes) + " host"
+        + (f", {size(report.peak_device_bytes)} device" if report.peak_device_bytes else ""),
+        "next": f"llmsqueeze eval {out} --against {checkpoint}",
+    }  # fmt: skip
+    console.result(document, facts(str(out), {name: row for name, row in rows.items() if row}))
+
+
+def build_recipe(raw: dict[str, Any], options: dict[str, Any]) -> PruneRecipe:
+    """The recipe of a file, `raw`, with the options that were given put over it."""
+    given = {name: value for name, value in options.items() if value not in (None, ())}
+    raw = {**raw, **{key: given.pop(name) for name, key in TOP.items() if name in given}}
+    for section, names in (("target", TARGET), ("calibration", CALIBRATION)):
+        found = {key: given.pop(name) for name, key in names.items() if name in given}
+        if found:
+            raw[section] = {**(raw.get(section) or {}), **found}
+    return PruneRecipe.from_dict(place_options(raw, given))
+
+
+def _errors(manifest: Manifest) -> str:
+    """Relative output error by kind of linear: mean over blocks, and the worst site."""
+    kinds: dict[str, list[float]] = {}
+    worst, where = 0.0, ""
+    for name, record in manifest.sites.items():
+        error = record.report.get("relative_error")
+        if error is None:
+            return ""
+        kinds.setdefault(name.rpartition(".")[2], []).append(error)
+        if error >= worst:
+            worst, where = error, name
+    lines = [f"{kind} {sum(errors) / len(errors):.1%}" for kind, errors in kinds.items()]
+    return ", ".join(lines) + f"; most in {where}: {worst:.1%}"
