@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 
+# A row counts as solved when the energy of its residual fell to this share: fp32 rounding, squared.
+CONVERGED = 1e-12
+
+
 class Quadratic(NamedTuple):
     """‖Z x - t‖² over tokens, less a constant: Σ_rows z G zᵀ - 2 z bᵀ.
 
@@ -51,19 +55,22 @@ def masked_pcg(
     residual = (problem.product - z @ problem.gram) * kept
     direction = residual * inverse
     energy = (residual * direction).sum(dim=1, keepdim=True)
+    enough = CONVERGED * energy
     best, best_value, best_step = z, None, torch.zeros_like(energy)
     if judge is not None:
         best_value = judge.value(z).unsqueeze(1)
     for step in range(1, steps + 1):
         change = (direction @ problem.gram) * kept
         curvature = (direction * change).sum(dim=1, keepdim=True)
-        # A row that is solved (or has nothing to solve) has no energy left and stays where it is.
-        length = torch.where(curvature > 0, energy / curvature, torch.zeros_like(energy))
+        # A solved row stays where it is: what is left of its residual is rounding, and steps along
+        # that would lead anywhere.
+        moving = (energy > enough) & (curvature > 0)
+        length = torch.where(moving, energy / curvature, torch.zeros_like(energy))
         z = z + length * direction
         residual = residual - length * change
         scaled = residual * inverse
         following = (residual * scaled).sum(dim=1, keepdim=True)
-        turn = torch.where(energy > 0, following / energy, torch.zeros_like(energy))
+        turn = torch.where(moving, following / energy, torch.zeros_like(energy))
         direction = scaled + turn * direction
         energy = following
         if judge is None or best_value is None:
