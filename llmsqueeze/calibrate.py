@@ -402,12 +402,17 @@ class _Measure:
                 raise RuntimeError(f"batches reach {leader} in different orders")
         ours, dense = seen[0], seen[-1]
         assert ours is not None and dense is not None
-        drift = None
+
+        def by_sample(x: Tensor) -> Tensor:
+            # OPT flattens samples and tokens on its way to the MLP.
+            return x.reshape(rows.stop - rows.start, -1, x.shape[-1])
+
+        x, dense_x, drift = by_sample(ours.x), by_sample(dense.x), None
         if self.dense and ours.residual is not None and dense.residual is not None:
-            drift = dense.residual - ours.residual
+            drift = by_sample(dense.residual - ours.residual)
         if stats.held_out is not None and rows.start >= self.first_held_out:
-            stats.held_out.update(ours.x, dense.x, drift)
-        stats.update(ours.x, dense.x, drift)
+            stats.held_out.update(x, dense_x, drift)
+        stats.update(x, dense_x, drift)
 
     def _stats(self, names: list[str]) -> InputStats:
         device = self.run.hidden.device

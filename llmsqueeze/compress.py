@@ -81,6 +81,9 @@ def prune(
             torch.cuda.reset_peak_memory_stats(device)
         for name in checkpoint.outer_parameters:
             writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
+        if tokens is not None:
+            needed = plan.memory_estimate(checkpoint, recipe, tokens, dtype, device)
+            note(f"calibrating will hold about {needed / 1e9:.2g} GB on {device}")
         targets = plan.allocate(checkpoint, sites, tokens, recipe, dtype, device)
         total = _Share()
         stored: Future[_Share] | None = None

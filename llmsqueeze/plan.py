@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.calibrate import walk
+from llmsqueeze.calibrate import batch_samples, walk
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.data import calibration_windows, load_tokenizer
 from llmsqueeze.errors import CheckpointError, RecipeError
@@ -49,6 +49,38 @@ def held_out_samples(recipe: PruneRecipe) -> int:
     return max(1, samples // 8) if recipe.refit != "none" and samples > 1 else 0
 
 
+def memory_estimate(
+    checkpoint: Checkpoint,
+    recipe: PruneRecipe,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Bytes that calibration will hold on `device` at its peak, from shapes alone.
+
+    Activations (between blocks, and inside one for order "group"), one block, the statistics of its
+    widest input group and the solvers' copies of them. Measured within a tenth of it on demo.
+    """
+    needs = recipe.needs
+    followed = 2 if "product" in needs and recipe.dense_share else 1  # the dense model as well
+    hidden = checkpoint.model.get_input_embeddings().weight.shape[1]
+    linears = [m for i in range(checkpoint.block_count) for m in checkpoint.linears(i).values()]
+    widest = max(m.in_features for m in linears)
+    item = dtype.itemsize
+    at_once = recipe.batch or batch_samples(tokens.shape[1], device)
+    held = tokens.numel() if recipe.order == "group" else at_once * tokens.shape[1]
+    between = tokens.numel() * hidden * item * followed
+    inside = held * (hidden + widest) * item * followed
+    temporaries = at_once * tokens.shape[1] * (4 * widest + 6 * hidden) * item
+    block = sum(m.weight.numel() for m in linears) // checkpoint.block_count
+    weights = block * (checkpoint.dtype.itemsize + item * followed)
+    # Gram, cross products, their held-out parts and differences; a solver's inverse and fp64 copies.
+    squares = 12 if "product" in needs else 4 if "gram" in needs else 0
+    rows = max(m.out_features for m in linears)
+    solver = 10 * rows * widest * 4 if "gram" in needs else 3 * rows * widest * 4
+    return between + inside + temporaries + weights + squares * widest**2 * 4 + solver
+
+
 def allocate(
     checkpoint: Checkpoint,
     sites: set[str],
@@ -59,7 +91,7 @@ def allocate(
 ) -> dict[str, Target]:
     """A target for every site. An allocation other than uniform looks at the dense model first."""
     allocation = allocation_method(recipe.allocation)
-    if allocation is None:
+    if allocation is None or recipe.target.sparsity == 0:
         return dict.fromkeys(sites, recipe.target)
     measured, shapes = [], []
     needs = allocation.needs(recipe.allocation_config)

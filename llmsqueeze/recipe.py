@@ -13,6 +13,7 @@ from llmsqueeze.methods import (
     ALLOCATIONS,
     DEFAULT_METHOD,
     DEFAULT_REFIT,
+    DEFAULT_TILE_ALLOCATION,
     REFITS,
     WEIGHT_METHODS,
     Entry,
@@ -122,7 +123,10 @@ class PruneRecipe:
         named = raw.pop("method", None)
         method = named or DEFAULT_METHOD
         refit = raw.pop("refit", None) or ("none" if named else DEFAULT_REFIT)
-        allocation = raw.pop("allocation", None) or "uniform"
+        tiles = target.get("pattern") == "tile" and not named
+        allocation = raw.pop("allocation", None) or (
+            DEFAULT_TILE_ALLOCATION if tiles else "uniform"
+        )
         for key in raw:
             if key not in {f.name for f in fields(cls)}:
                 raise RecipeError(f"recipe: unknown key {key!r}")

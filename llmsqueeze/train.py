@@ -80,8 +80,9 @@ def train_masks(
     weights are only read. sites: name of a linear → 2:4 keep mask [out, in], the prior and in mode
     "tile" what is kept. tokens: [samples, seqlen] int64, on the CPU.
     target: pattern Tile; the sparsity is that of all sites together.
-    benefits: site → [tile rows, tile columns], the error per weight that leaving a tile dense avoids,
-    in one unit for all sites; the highest start dense. None: tile logits start at random.
+    benefits: site → [tile rows, tile columns], flat or not: the error per weight that leaving a tile
+    dense avoids, in one unit for all sites (as tile_benefit.measure gives it). The highest start
+    dense. None: tile logits start at random.
     state: a directory to save to and to go on from.
 
     Raises RecipeError when nothing can be learned or `state` belongs to another run, and

@@ -143,6 +143,93 @@ def test_compressed_prefix_feeds_the_next_block(tiny: Tiny, family: str) -> None
                 model.get_submodule(site.name).weight.data.copy_(pruned.weight)
 
 
+@families
+@pytest.mark.parametrize("order", ["group", "block"])
+def test_dense_model_is_followed_beside_the_pruned_one(tiny: Tiny, family: str, order: str) -> None:
+    """Cross products, drift and held-out sums of the last block, against hooks on two whole models."""
+    path, ids = tiny(family), tokens()
+    method, config = weight_method("wanda"), weight_method("wanda").Config()
+    needs = frozenset({"sq_sum", "gram", "product"})
+    dense, pruned = reference(path), reference(path)
+    checkpoint = Checkpoint(path)
+    last = checkpoint.block_count - 1
+    compared = 0
+    for step in walk(
+        checkpoint, ids, needs, torch.float32, CPU, 2, order, dense_share=0.5, held_out=2
+    ):
+        prefix = f"{checkpoint.blocks_path}.{step.index}."
+        for site in step.sites:
+            assert site.stats is not None and site.stats.held_out is not None
+            if step.index == last:
+                inside = site.name.removeprefix(prefix)
+                x, dense_x = (flat(linear_input(m, site.name, ids)) for m in (pruned, dense))
+                close(site.stats.gram, x.t() @ x)
+                close(site.stats.cross, dense_x.t() @ x)
+                held_out = x[3 * ids.shape[1] :]
+                close(site.stats.held_out.gram, held_out.t() @ held_out)
+                assert site.stats.held_out.count == 2 * ids.shape[1]
+                if inside in checkpoint.residuals:
+                    at = prefix + checkpoint.residuals[inside]
+                    drift = linear_input(dense, at, ids) - linear_input(pruned, at, ids)
+                    close(site.stats.drift, flat(drift).t() @ x)
+                    compared += 1
+                else:
+                    assert site.stats.drift is None
+            out = method.prune(site.weight, site.stats, Target(0.5), config)
+            step.replace(site, out.weight)
+            if order == "group" or step.index < last:
+                pruned.get_submodule(site.name).weight.data.copy_(out.weight)
+    assert compared == len(checkpoint.residuals)
+
+
+def flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).double()
+
+
+def close(mine: Tensor | None, expected: Tensor) -> None:
+    assert mine is not None
+    assert (mine - expected).abs().max() < 2e-4 * expected.abs().max() + 1e-7
+
+
+@families
+def test_residual_writers_add_to_the_tensor_they_are_said_to(tiny: Tiny, family: str) -> None:
+    """Whatever such a linear puts out appears, unchanged, on top of the residual stream."""
+    checkpoint = Checkpoint(tiny(family))
+    for writer, module in checkpoint.residuals.items():
+        model = reference(tiny(family))
+        residual, written, out = with_noise_written(
+            model, model.get_submodule(f"{checkpoint.blocks_path}.1"), writer, module
+        )
+        assert torch.allclose(out.flatten(), (residual + written).flatten(), atol=1e-5), writer
+
+
+@torch.no_grad()
+def with_noise_written(
+    model: Any, block: nn.Module, writer: str, module: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What enters `module`, the noise that `writer` puts out (others: nothing), and the block's output."""
+    for name, linear in block.named_modules():
+        if isinstance(linear, nn.Linear) and name != writer:
+            for parameter in linear.parameters():
+                parameter.zero_()
+    seen: dict[str, Tensor] = {}
+
+    def write(linear: nn.Module, args: Any, out: Tensor) -> Tensor:
+        seen["written"] = torch.randn_like(out)
+        return seen["written"]
+
+    def leave(block: nn.Module, args: Any, out: Any) -> None:
+        seen["out"] = out[0] if isinstance(out, tuple) else out
+
+    block.get_submodule(module).register_forward_pre_hook(
+        lambda m, args: seen.update(residual=args[0])
+    )
+    block.get_submodule(writer).register_forward_hook(write)
+    block.register_forward_hook(leave)
+    model(tokens(samples=2), use_cache=False)
+    return seen["residual"], seen["written"].reshape(seen["residual"].shape), seen["out"]
+
+
 @torch.no_grad()
 def linear_input(model: Any, name: str, ids: Tensor) -> Tensor:
     seen: list[Tensor] = []

@@ -26,6 +26,7 @@ WEIGHT_METHODS: dict[str, Entry] = {
     "magnitude": Entry("llmsqueeze.methods.magnitude", "smallest |W| of the matrix; needs no data"),
     "wanda": Entry("llmsqueeze.methods.wanda", "smallest |W|·‖x‖ of each output row"),
     "sparsegpt": Entry("llmsqueeze.methods.sparsegpt", "second-order, with weight update"),
+    "dsnot": Entry("llmsqueeze.methods.dsnot", "another method's mask, edited by swaps"),
     "admm": Entry("llmsqueeze.methods.admm", "mask and weights together, by gradual masking"),
 }
 
@@ -36,11 +37,17 @@ REFITS: dict[str, Entry] = {
 
 ALLOCATIONS: dict[str, Entry] = {
     "uniform": Entry("", "the same sparsity everywhere"),
+    "owl": Entry("llmsqueeze.methods.owl", "less from blocks with more outlying scores"),
+    "alpha": Entry(
+        "llmsqueeze.methods.alpha", "less from blocks with heavier-tailed spectra; no data"
+    ),
+    "benefit": Entry("llmsqueeze.methods.tile_benefit", "dense tiles where 2:4 would cost most"),
 }
 
 # What `prune` does when no method is named: the best of these tables in README, for every pattern.
 DEFAULT_METHOD = "admm"
 DEFAULT_REFIT = "pcg"
+DEFAULT_TILE_ALLOCATION = "benefit"
 
 
 def weight_method(name: str) -> WeightMethod:

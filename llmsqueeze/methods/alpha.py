@@ -53,17 +53,11 @@ def measure(
 ) -> float | None:
     """Mean over the linears of the power-law exponent of the spectrum of WᵀW (PL_Alpha_Hill).
 
-    Singular values in fp32 on the weight's device: most of the time goes there. Linears without an
-    exponent (a single row, say) do not count; None if no linear has one.
+    Linears without an exponent (a single row, say) do not count; None if no linear has one.
     """
-    import torch
-
     check_unstructured(target, "AlphaPruning")
-    found = []
-    for weight, _ in sites.values():
-        exponent = tail_exponent(torch.linalg.svdvals(weight.float()).cpu().double().square())
-        if exponent is not None:
-            found.append(exponent)
+    exponents = [tail_exponent(spectrum(weight)) for weight, _ in sites.values()]
+    found = [exponent for exponent in exponents if exponent is not None]
     return math.fsum(found) / len(found) if found else None
 
 
@@ -86,11 +80,24 @@ def assign(
     return block_targets(sparsities, shapes, target)
 
 
+def spectrum(weight: Tensor) -> Tensor:
+    """[min(out, in)] fp64 on the CPU: eigenvalues of WᵀW, less those that are zero for its shape.
+
+    weight: [out, in], any float dtype. fp64 makes up for the squaring, and for less time than fp32
+    singular values take (measured on an H100 and on a CPU) gives them more accurately.
+    """
+    import torch
+
+    w = weight.double()
+    small = w @ w.t() if w.shape[0] < w.shape[1] else w.t() @ w
+    return torch.linalg.eigvalsh(small).cpu()
+
+
 def tail_exponent(eigenvalues: Tensor) -> float | None:
     """α of the density λ^-α that fits the eigenvalues from some λmin up; None if none does.
 
-    eigenvalues: [n] fp64 on the CPU, in any order; those that fp32 singular values cannot tell from
-    zero are left out.
+    eigenvalues: [n] fp64 on the CPU, in any order; those that rounding cannot tell from zero are left
+    out.
     Given λmin, the maximum likelihood (Hill) estimate over the k values from it up is
     α = 1 + k / Σ ln(λ/λmin). λmin is the one with the least Kolmogorov-Smirnov distance between that
     fit and the values, among those up to 1.5 times the peak of a histogram of log λ: the released
@@ -98,7 +105,7 @@ def tail_exponent(eigenvalues: Tensor) -> float | None:
     """
     import torch
 
-    floor = eigenvalues.max() * torch.finfo(torch.float32).eps ** 2
+    floor = eigenvalues.max() * torch.finfo(torch.float64).eps * eigenvalues.numel()
     logs = eigenvalues[eigenvalues > floor].log().sort().values
     n = logs.numel()
     if n < 2 or logs[0] == logs[-1]:

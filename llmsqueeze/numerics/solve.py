@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 # A row counts as solved when the energy of its residual fell to this share: fp32 rounding, squared.
 CONVERGED = 1e-12
 
