@@ -130,8 +130,10 @@ def evaluate(
 
     def measure(source: Checkpoint, label: str) -> Perplexity:
         model = load(source, precision, where)
-        with console.steps(f"{label} window") as progress:
-            return perplexity(model, cutting.tokens, lambda d, t: progress(d, t, ""))
+        with console.steps() as progress:
+            return perplexity(
+                model, cutting.tokens, lambda d, t: progress(f"{label} window", d, t, "")
+            )
 
     cutting = cut(opened)
     if other and not torch.equal(cut(other[0]).tokens, cutting.tokens):
@@ -257,10 +259,10 @@ def convert(
 
     check_output(out, overwrite)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
-    with console.steps("converting block") as progress:
+    with console.steps() as progress:
         manifest = compress.convert(
             opened, name, out, format, overwrite=overwrite,
-            on_block=lambda b: progress(b.index + 1, b.total, f"{b.seconds:.1f} s"),
+            on_block=lambda b: progress("converting block", b.index + 1, b.total, f"{b.seconds:.1f} s"),
         )  # fmt: skip
     document = {
         "out": str(out),

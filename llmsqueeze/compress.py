@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -21,11 +22,14 @@ from llmsqueeze.calibrate import Site, exact_matmul, walk
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.device import beside, calibration_dtype, worker
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.learn import learn_masks
 from llmsqueeze.methods import refit_method, weight_method
 from llmsqueeze.methods.base import Pruned, Target, Tile
+from llmsqueeze.numerics.masks import zero_removed
 from llmsqueeze.numerics.solve import relative_error
 from llmsqueeze.recipe import PruneRecipe
 from llmsqueeze.shards import hash_file
+from llmsqueeze.train import StepDone, TrainedMasks
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,14 @@ def prune(
     device: torch.device,
     *,
     overwrite: bool = False,
+    training_state: Path | None = None,
     note: Callable[[str], None] = lambda message: None,
     on_block: Callable[[BlockDone], None] = lambda done: None,
+    on_step: Callable[[StepDone], None] = lambda done: None,
 ) -> Report:
     """Prune a checkpoint into a new llmsqueeze checkpoint at `out`, one block at a time.
+
+    training_state: directory that trained masks are saved to and go on from; see train.train_masks.
 
     Raises RecipeError before any work when the request does not fit the checkpoint or `out`.
     """
@@ -84,7 +92,18 @@ def prune(
         if tokens is not None:
             needed = plan.memory_estimate(checkpoint, recipe, tokens, dtype, device)
             note(f"calibrating will hold about {needed / 1e9:.2g} GB on {device}")
-        targets = plan.allocate(checkpoint, sites, tokens, recipe, dtype, device)
+        trained: TrainedMasks | None = None
+        if recipe.tiles == "score":
+            targets = plan.allocate(checkpoint, sites, tokens, recipe, dtype, device)
+        else:
+            assert tokens is not None
+            trained = learn_masks(
+                checkpoint, sites, tokens, recipe, dtype, device, training_state, on_step
+            )
+            targets = {
+                name: dataclasses.replace(recipe.target, dense_tiles=count)
+                for name, count in trained.dense_tiles.items()
+            }
         total = _Share()
         stored: Future[_Share] | None = None
         for block in walk(
@@ -102,7 +121,8 @@ def prune(
             reports = {}
             for site in block.sites:
                 if site.name in targets:
-                    pruned = prune_site(site, targets[site.name], recipe)
+                    keep = trained.keep[site.name] if trained else None
+                    pruned = prune_site(site, targets[site.name], recipe, keep)
                     block.replace(site, pruned.weight)
                     reports[site.name] = pruned.report
             if stored:
@@ -115,7 +135,7 @@ def prune(
             total += stored.result()
         sparsity = total.sparsity
         sha256 = {name: hashed.result() for name, hashed in hashes.items()}
-        step = {
+        step: dict[str, Any] = {
             "command": "prune",
             "recipe": recipe.to_dict(),
             "source": {"name": source_name, "sha256": sha256},
@@ -126,6 +146,8 @@ def prune(
             "peak_rss_bytes": peak_rss_bytes(),
             "peak_device_bytes": peak_device_bytes(device),
         }
+        if trained is not None:
+            step["training"] = {"losses": trained.losses, "densities": trained.densities}
         previous = checkpoint.manifest.steps if checkpoint.manifest else []
         writer.write_text("README.md", card.model_card(checkpoint, source_name, recipe, sparsity))
         manifest = writer.publish(
@@ -141,12 +163,21 @@ def prune(
     )
 
 
-def prune_site(site: Site, target: Target, recipe: PruneRecipe) -> Pruned:
-    """Mask, then refit one linear. Nothing to remove: nothing changes, whatever the method."""
+def prune_site(
+    site: Site, target: Target, recipe: PruneRecipe, keep: Tensor | None = None
+) -> Pruned:
+    """Mask (by the method, unless `keep` is given), then refit one linear.
+
+    Nothing to remove: nothing changes, whatever the method.
+    """
     weight, stats = site.weight, site.stats
     if target.sparsity == 0:
         return Pruned(weight, torch.ones_like(weight, dtype=torch.bool))
-    pruned = weight_method(recipe.method).prune(weight, stats, target, recipe.config)
+    if keep is None:
+        pruned = weight_method(recipe.method).prune(weight, stats, target, recipe.config)
+    else:
+        keep = keep.to(weight.device)
+        pruned = Pruned(zero_removed(weight, keep), keep)
     refit = refit_method(recipe.refit)
     if refit is not None and stats is not None:
         pruned = refit.refit(weight, pruned, stats, recipe.refit_config)

@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 
@@ -46,10 +53,10 @@ class Console:
             out.print(table)
 
     @contextlib.contextmanager
-    def steps(self, what: str) -> Iterator[Callable[[int, int, str], None]]:
-        """Progress as (done, total, detail): a bar with ETA on a terminal, else a line per step."""
+    def steps(self) -> Iterator[Callable[[str, int, int, str], None]]:
+        """Progress as (what, done, total, detail): a bar with ETA on a terminal, else a line per step."""
         if self.quiet:
-            yield lambda done, total, detail: None
+            yield lambda what, done, total, detail: None
         elif self._progress and self._err.is_terminal:
             columns = (
                 TextColumn("{task.description}"),
@@ -58,20 +65,25 @@ class Console:
                 TimeRemainingColumn(),
                 TextColumn("{task.fields[detail]}"),
             )
+            tasks: dict[str, TaskID] = {}
             with Progress(*columns, console=self._err, transient=True) as bar:
-                task = bar.add_task(what, total=None, detail="")
-                yield lambda done, total, detail: bar.update(
-                    task, completed=done, total=total, detail=detail
-                )
-        else:
-            started = time.monotonic()
 
-            def line(done: int, total: int, detail: str) -> None:
-                elapsed = time.monotonic() - started
-                left = elapsed / done * (total - done)
-                self.note(
-                    f"{what} {done}/{total}  {detail}  {left:.0f} s left".replace("    ", "  ")
-                )
+                def advance(what: str, done: int, total: int, detail: str) -> None:
+                    if what not in tasks:
+                        tasks[what] = bar.add_task(what, total=total, detail="")
+                    bar.update(tasks[what], completed=done, total=total, detail=detail)
+
+                yield advance
+        else:
+            started: dict[str, float] = {}
+            opened = time.monotonic()
+
+            def line(what: str, done: int, total: int, detail: str) -> None:
+                # The first step of each kind began when the one before ended, or the whole did.
+                begun = started.setdefault(what, max([opened, *started.values()]))
+                left = (time.monotonic() - begun) / done * (total - done)
+                parts = (f"{what} {done}/{total}", detail, f"{left:.0f} s left")
+                self.note("  ".join(part for part in parts if part))
 
             yield line
 

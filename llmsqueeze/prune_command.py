@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from llmsqueeze.command import (
     open_checkpoint,
     site_documents,
 )
-from llmsqueeze.methods import ALLOCATIONS, REFITS, WEIGHT_METHODS, Entry
+from llmsqueeze.methods import ALLOCATIONS, REFITS, TILE_MODES, WEIGHT_METHODS, Entry
 from llmsqueeze.methods.base import DEFAULT_BUDGET
 from llmsqueeze.recipe import (
     DTYPES,
@@ -36,7 +37,16 @@ if TYPE_CHECKING:
 # Options that are keys of a recipe's sections, and their names there.
 TOP = {
     name: name
-    for name in ("method", "refit", "allocation", "dense_share", "ignore", "dtype", "order")
+    for name in (
+        "method",
+        "refit",
+        "allocation",
+        "tiles",
+        "dense_share",
+        "ignore",
+        "dtype",
+        "order",
+    )
 }
 TOP["batch_size"] = "batch"
 TARGET = {name: name for name in ("sparsity", "pattern", "tile", "channel_budget")}
@@ -57,9 +67,10 @@ def method_options(body: Callable[..., None]) -> Callable[..., None]:
     """One option per field of the methods' Config classes; the defaults stay there."""
     found = {
         name: (field, choice)
-        for table in (WEIGHT_METHODS, REFITS, ALLOCATIONS)
+        for table in (WEIGHT_METHODS, REFITS, ALLOCATIONS, {"tile": TILE_MODES["tile"]})
         for choice in table
         for name, field in config_fields(table, choice).items()
+        if name not in ("mode", "seed")  # these follow from --tiles and --seed
     }
     for name, (field, choice) in sorted(found.items(), reverse=True):
         body = click.option(
@@ -94,6 +105,10 @@ Refits (--refit), after any method:
 Allocations (--allocation), how much goes where:
 {_summaries(ALLOCATIONS)}
 
+\b
+Tiles (--tiles), for --pattern tile:
+{_summaries(TILE_MODES)}
+
 Without --method: admm and refit, which lose least at every pattern measured in README. A method that
 is named runs as published, without refit unless --refit asks for it.
 
@@ -116,6 +131,11 @@ Embeddings and lm_head are never pruned. The model is read and written one block
               help="unstructured; N:M, N kept of every M inputs; N:M-out, of every M outputs; tile, "
               "square tiles each dense or 2:4.  [default: unstructured]")  # fmt: skip
 @click.option("--tile", type=int, help="[tile] Tile size.  [default: 128]")
+@click.option("--tiles", type=click.Choice(list(TILE_MODES)),
+              help="[tile] How the dense tiles are chosen.  [default: score]")  # fmt: skip
+@click.option("--training-state", type=click.Path(path_type=Path), metavar="DIR",
+              help="Where training masks saves its state, and goes on from it."
+              "  [default: OUT.training, removed at the end]")  # fmt: skip
 @click.option("--channel-budget", type=float,
               help="[N:M-out] Share of inputs kept whole, and dropped in exchange."
               f"  [default: {DEFAULT_BUDGET}]")  # fmt: skip
@@ -155,6 +175,7 @@ def prune(
     checkpoint: str,
     out: Path,
     recipe_file: Path | None,
+    training_state: Path | None,
     overwrite: bool,
     device: str,
     offline: bool,
@@ -171,17 +192,27 @@ def prune(
     check_output(out, overwrite)
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
-    with console.steps("pruning block") as progress:
+    state = training_state
+    if state is None and recipe.tiles != "score":
+        state = out.with_name(out.name + ".training")
+    with console.steps() as progress:
         report = compress.prune(
-            opened, name, out, recipe, where, overwrite=overwrite, note=console.note,
-            on_block=lambda b: progress(b.index + 1, b.total, f"{b.seconds:.1f} s"),
+            opened, name, out, recipe, where, overwrite=overwrite, training_state=state,
+            note=console.note,
+            on_block=lambda b: progress("pruning block", b.index + 1, b.total, f"{b.seconds:.1f} s"),
+            on_step=lambda s: progress(
+                "training step", s.index + 1, s.total, f"loss {s.loss:.4f}, density {s.density:.3f}"
+            ),
         )  # fmt: skip
+    if state is not None and training_state is None:
+        shutil.rmtree(state, ignore_errors=True)
     manifest = report.manifest
     document = {
         "out": str(out),
         "method": recipe.method,
         "refit": recipe.refit,
         "allocation": recipe.allocation,
+        "tiles": recipe.tiles,
         "pattern": recipe.target.pattern_name,
         "sparsity": report.sparsity,
         "bytes": {"before": manifest.bytes_before, "after": manifest.bytes_after},
@@ -191,6 +222,7 @@ def prune(
         "sites": site_documents(manifest),
     }
     parts = [recipe.method, f"refit {recipe.refit}" if recipe.refit != "none" else ""]
+    parts += [f"tiles {recipe.tiles}" if recipe.tiles != "score" else ""]
     parts += [f"allocation {recipe.allocation}" if recipe.allocation != "uniform" else ""]
     rows = {
         "method": ", ".join(part for part in [*parts, recipe.target.pattern_name] if part),

@@ -15,6 +15,7 @@ from llmsqueeze.methods import (
     DEFAULT_REFIT,
     DEFAULT_TILE_ALLOCATION,
     REFITS,
+    TILE_MODES,
     WEIGHT_METHODS,
     Entry,
     allocation_method,
@@ -53,6 +54,7 @@ class PruneRecipe:
     """mask × refit × allocation × pattern, and on which tokens.
 
     method, refit, allocation: names of methods/__init__.py's tables, each with its Config.
+    tiles: of TILE_MODES; anything but "score" trains masks on the whole model, from Wanda's.
     dense_share: how far weights are fitted to what the dense model computes in their place
     (InputStats.product), where a method or refit fits at all.
     ignore: linears left dense; a full module name, its last components, or `re:` and a regular
@@ -67,6 +69,8 @@ class PruneRecipe:
     refit_config: Any = None
     allocation: str = "uniform"
     allocation_config: Any = None
+    tiles: str = "score"
+    tiles_config: Any = None
     dense_share: float = 0.5
     ignore: tuple[str, ...] = ()
     calibration: Calibration = field(default_factory=Calibration)
@@ -81,6 +85,14 @@ class PruneRecipe:
             raise RecipeError(f"order {self.order!r}; choose from {', '.join(ORDERS)}")
         if self.batch < 0:
             raise RecipeError(f"--batch-size {self.batch}: give a positive number of samples")
+        if self.tiles != "score":
+            if not isinstance(self.target.pattern, Tile):
+                raise RecipeError(f"--tiles {self.tiles} needs --pattern tile")
+            if self.method != "wanda" or self.allocation != "uniform":
+                raise RecipeError(
+                    f"--tiles {self.tiles} trains masks from Wanda's, over the whole model: leave "
+                    "--method and --allocation out"
+                )
         if not 0 <= self.dense_share <= 1:
             raise RecipeError(f"--dense-share {self.dense_share} is outside [0, 1]")
         for pattern in self.ignore:
@@ -109,6 +121,9 @@ class PruneRecipe:
         raw["ignore"] = list(self.ignore)
         if not self.needs and not allocation_needs(self):
             raw["calibration"] = None
+        for section in ("refit_config", "allocation_config", "tiles_config"):
+            if raw[section] is None:
+                del raw[section]
         return raw
 
     @classmethod
@@ -121,12 +136,18 @@ class PruneRecipe:
         calibration = _section(raw, "calibration", [f.name for f in fields(Calibration)])
         # A method that was asked for by name runs as published; the default is the best we know.
         named = raw.pop("method", None)
+        tiles = raw.pop("tiles", None) or "score"
+        if tiles != "score":
+            named = named or "wanda"
         method = named or DEFAULT_METHOD
         refit = raw.pop("refit", None) or ("none" if named else DEFAULT_REFIT)
-        tiles = target.get("pattern") == "tile" and not named
+        spread = target.get("pattern") == "tile" and not named
         allocation = raw.pop("allocation", None) or (
-            DEFAULT_TILE_ALLOCATION if tiles else "uniform"
+            DEFAULT_TILE_ALLOCATION if spread else "uniform"
         )
+        training = raw.pop("tiles_config", None)
+        if tiles != "score" and isinstance(training or {}, dict):
+            training = {**(training or {}), "mode": tiles, "seed": calibration.get("seed", 0)}
         for key in raw:
             if key not in {f.name for f in fields(cls)}:
                 raise RecipeError(f"recipe: unknown key {key!r}")
@@ -141,6 +162,8 @@ class PruneRecipe:
                 allocation_config=_config(
                     allocation_method(allocation), allocation, raw.pop("allocation_config", None)
                 ),
+                tiles=tiles,
+                tiles_config=_config(load_entry(TILE_MODES, tiles), tiles, training),
                 calibration=Calibration(**calibration),
                 ignore=tuple(raw.pop("ignore", None) or ()),
                 **raw,
@@ -183,6 +206,7 @@ def place_options(raw: dict[str, Any], options: dict[str, Any]) -> dict[str, Any
             raw.get("refit") or ("none" if raw.get("method") else DEFAULT_REFIT),
         ),
         "allocation_config": (ALLOCATIONS, raw.get("allocation") or "uniform"),
+        "tiles_config": (TILE_MODES, raw.get("tiles") or "score"),
     }
     for name, value in options.items():
         for section, (table, choice) in chosen.items():

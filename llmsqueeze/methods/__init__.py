@@ -44,6 +44,17 @@ ALLOCATIONS: dict[str, Entry] = {
     "benefit": Entry("llmsqueeze.methods.tile_benefit", "dense tiles where 2:4 would cost most"),
 }
 
+# How --pattern tile decides which tiles stay dense.
+TILE_MODES: dict[str, Entry] = {
+    "score": Entry("", "by the error that 2:4 would cost; no training"),
+    "tile": Entry(
+        "llmsqueeze.methods.patch", "learns which tiles stay dense, over a fixed 2:4 mask"
+    ),
+    "joint": Entry(
+        "llmsqueeze.methods.patch", "learns tiles and 2:4 patterns; MaskLLM at sparsity 0.5"
+    ),
+}
+
 # What `prune` does when no method is named: the best of these tables in README, for every pattern.
 DEFAULT_METHOD = "admm"
 DEFAULT_REFIT = "pcg"
