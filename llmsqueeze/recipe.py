@@ -71,7 +71,7 @@ class PruneRecipe:
     allocation_config: Any = None
     tiles: str = "score"
     tiles_config: Any = None
-    dense_share: float = 0.5
+    dense_share: float = 0.25
     ignore: tuple[str, ...] = ()
     calibration: Calibration = field(default_factory=Calibration)
     dtype: str = "auto"

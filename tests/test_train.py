@@ -471,7 +471,7 @@ def test_windows_are_seen_once_an_epoch_in_a_seeded_order(setup: Setup) -> None:
 
 @pytest.mark.parametrize(
     ("batch_tokens", "micro_batch", "wanted"),
-    [(48, 1, 4), (48, 2, 2), (50, 2, 2), (1, 1, 1), (48, 100, 1), (2**20, 1, 87381)],
+    [(48, 1, 4), (48, 2, 2), (50, 2, 2), (70, 1, 6), (1, 1, 1), (48, 100, 1), (2**20, 1, 87381)],
 )
 def test_passes_bring_the_batch_nearest_to_its_tokens(
     batch_tokens: int, micro_batch: int, wanted: int
