@@ -30,8 +30,7 @@ from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.data import calibration_windows, evaluation_windows, load_tokenizer
 from llmsqueeze.device import choose_device
 from llmsqueeze.evaluate import perplexity
-from llmsqueeze.methods.base import Target
-from llmsqueeze.recipe import ORDERS, Calibration, PruneRecipe, method_config
+from llmsqueeze.recipe import ORDERS, PruneRecipe
 from llmsqueeze.runtime import load
 from llmsqueeze.source import locate
 
@@ -153,10 +152,15 @@ def main() -> None:
         for order in args.orders:
             out = Path(tempfile.mkdtemp()) / "out"
             started = synchronised()
-            recipe = PruneRecipe(
-                args.method, Target(args.sparsity), method_config(args.method, {}), order=order,
-                calibration=Calibration(args.calib, args.samples, args.seqlen), dtype=args.dtype,
-            )  # fmt: skip
+            recipe = PruneRecipe.from_dict({
+                "method": args.method,
+                "target": {"sparsity": args.sparsity},
+                "calibration": {
+                    "text": args.calib, "samples": args.samples, "seqlen": args.seqlen
+                },
+                "dtype": args.dtype,
+                "order": order,
+            })  # fmt: skip
             compress.prune(Checkpoint(path), "benchmark", out, recipe, device)
             row[f"seconds_{order}"] = synchronised() - started
             row[f"ppl_{order}"] = quality(load(Checkpoint(out), torch.float32, device))
