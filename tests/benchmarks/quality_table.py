@@ -33,14 +33,22 @@ def rows(target: Recipe, *methods: Recipe) -> list[Recipe]:
     return [{**method, "target": target} for method in methods]
 
 
-MAGNITUDE, WANDA, SPARSEGPT = ({"method": m} for m in ("magnitude", "wanda", "sparsegpt"))
+MAGNITUDE, WANDA, SPARSEGPT, DSNOT = (
+    {"method": m} for m in ("magnitude", "wanda", "sparsegpt", "dsnot")
+)
+SWAP = {"method": "dsnot", "config": {"swap": "quadratic"}}
+TRAINING = {"steps": 80, "lr": 0.002, "batch_tokens": 65536, "micro_batch": 8}
 WANDA_REFIT = {"method": "wanda", "refit": "pcg"}
 ADMM, DEFAULT = {"method": "admm", "dense_share": 0.0}, {}
 TABLES: dict[str, list[Recipe]] = {
-    "50": rows({"sparsity": 0.5}, MAGNITUDE, WANDA, SPARSEGPT, WANDA_REFIT, ADMM, DEFAULT),
-    "60": rows({"sparsity": 0.6}, WANDA, SPARSEGPT, WANDA_REFIT, ADMM, DEFAULT),
-    "70": rows({"sparsity": 0.7}, WANDA, DEFAULT),
-    "2:4": rows({"pattern": "2:4"}, MAGNITUDE, WANDA, SPARSEGPT, WANDA_REFIT, ADMM, DEFAULT),
+    "50": rows(
+        {"sparsity": 0.5}, MAGNITUDE, WANDA, DSNOT, SWAP, SPARSEGPT, WANDA_REFIT, ADMM, DEFAULT
+    ),
+    "60": rows({"sparsity": 0.6}, WANDA, DSNOT, SWAP, SPARSEGPT, WANDA_REFIT, ADMM, DEFAULT),
+    "70": rows({"sparsity": 0.7}, WANDA, DSNOT, SWAP, DEFAULT),
+    "2:4": rows(
+        {"pattern": "2:4"}, MAGNITUDE, WANDA, DSNOT, SWAP, SPARSEGPT, WANDA_REFIT, ADMM, DEFAULT
+    ),
     "2:4-out": rows({"pattern": "2:4-out", "channel_budget": 0.0}, WANDA, DEFAULT)
     + rows({"pattern": "2:4-out", "channel_budget": 0.02}, DEFAULT)
     + rows({"pattern": "2:4-out"}, WANDA_REFIT, DEFAULT)
@@ -50,6 +58,13 @@ TABLES: dict[str, list[Recipe]] = {
         for sparsity in (0.25, 0.35, 0.45)
         for row in rows({"pattern": "tile", "sparsity": sparsity}, DEFAULT)
     ],
+    "trained": rows(
+        {"pattern": "tile", "sparsity": 0.35},
+        {"method": "wanda", "allocation": "benefit"},
+        {"tiles": "tile", "tiles_config": TRAINING},
+        {"tiles": "tile", "tiles_config": TRAINING, "refit": "pcg"},
+    )
+    + rows({"pattern": "tile", "sparsity": 0.5}, {"tiles": "joint", "tiles_config": TRAINING}),
 }
 
 
@@ -94,7 +109,9 @@ def main() -> None:
             "peak_device_bytes": report.peak_device_bytes,
         }
         print(json.dumps(row), flush=True)
-        name = " + ".join(filter(None, (recipe.method, "refit" * (recipe.refit != "none"))))
+        parts = [recipe.method, "refit" * (recipe.refit != "none")]
+        parts.append(f"tiles {recipe.tiles}" * (recipe.tiles != "score"))
+        name = " + ".join(part for part in parts if part)
         lines.append(
             f"| {name} | {recipe.target.pattern_name} | {report.sparsity:.1%} | "
             f"{pruned.stored_bytes / 1e6:.1f} MB | {measured:.2f} | {seconds:.1f} s |"
