@@ -366,22 +366,29 @@ def test_alpha_range_out_of_range(bad: float) -> None:
 TILE = Target(0.35, Tile(8))
 
 
-def test_tile_benefit_is_the_relative_error_avoided_per_weight() -> None:
-    weight, stats = linear(20, 12, 3)
-    square = (stats.sq_sum / stats.count).tolist()
-    error = [[float(w) ** 2 * square[j] for j, w in enumerate(row)] for row in weight]
-    energy = sum(map(sum, error))
-    expected = []
-    for top, left in itertools.product((0, 8, 16), (0, 8)):
-        rows, columns = range(top, min(top + 8, 20)), range(left, min(left + 8, 12))
-        lost = 0.0
-        for i in rows:
-            for start in range(columns.start, columns.stop, 4):
-                lost += sum(sorted(error[i][start : start + 4])[:2])
-        expected.append(lost / (len(rows) * len(columns)) / energy)
-    found = tile_benefit.measure({"a": (weight, stats)}, TILE, tile_benefit.Config())["a"]
-    assert (found.dtype, found.device.type) == (torch.float64, "cpu")
-    assert found.tolist() == pytest.approx(expected, rel=1e-5)
+def test_tile_benefit_is_the_share_of_the_blocks_error_per_weight() -> None:
+    sites: Sites = {"a": linear(20, 12, 3), "b": linear(8, 20, 4, scale=5.0)}
+    expected: dict[str, list[float]] = {}
+    avoidable = 0.0
+    for name, (weight, stats) in sites.items():
+        assert stats is not None
+        height, width = weight.shape
+        square = (stats.sq_sum / stats.count).tolist()
+        error = [[float(w) ** 2 * square[j] for j, w in enumerate(row)] for row in weight]
+        factor = (height * width) ** 0.5 / sum(map(sum, error))
+        expected[name] = []
+        for top, left in itertools.product(range(0, height, 8), range(0, width, 8)):
+            rows, columns = range(top, min(top + 8, height)), range(left, min(left + 8, width))
+            lost = 0.0
+            for i in rows:
+                for start in range(columns.start, columns.stop, 4):
+                    lost += factor * sum(sorted(error[i][start : start + 4])[:2])
+            expected[name].append(lost / (len(rows) * len(columns)))
+            avoidable += lost
+    found = tile_benefit.measure(sites, TILE, tile_benefit.Config())
+    for name, values in expected.items():
+        assert (found[name].dtype, found[name].device.type) == (torch.float64, "cpu")
+        assert found[name].tolist() == pytest.approx([v / avoidable for v in values], rel=1e-5)
 
 
 def test_tile_benefit_does_not_see_a_factor_of_one_linear() -> None:
@@ -391,7 +398,20 @@ def test_tile_benefit_does_not_see_a_factor_of_one_linear() -> None:
     weight, stats = sites["0.k"]
     sites["0.k"] = weight * 64, stats
     scaled = tile_benefit.measure(sites, TILE, config)
-    assert torch.equal(scaled["0.k"], base["0.k"])
+    assert all(torch.equal(scaled[name], base[name]) for name in sites)
+
+
+def test_equal_blocks_get_equal_tiles_whatever_their_error() -> None:
+    # In the second block weights are closer in size, so 2:4 costs a larger share of its output.
+    weight, stats = linear(32, 32, 0)
+    flat = weight.sign() * weight.abs().pow(0.25)
+    first, second = ({name: (w, stats)} for name, w in (("a", weight), ("b", flat)))
+    config = tile_benefit.Config()
+    measured = [tile_benefit.measure(sites, TILE, config) for sites in (first, second)]
+    targets = tile_benefit.assign(measured, [{"a": (32, 32)}, {"b": (32, 32)}], TILE, config)
+    counts = [t.dense_tiles for t in targets.values()]
+    assert sum(c for c in counts if c is not None) == round(0.3 * 32)
+    assert all(c is not None and 3 <= c <= 7 for c in counts)
 
 
 def test_tile_benefit_of_a_linear_that_puts_out_nothing() -> None:
