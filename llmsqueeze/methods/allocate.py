@@ -5,51 +5,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
 
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.methods.base import Target
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from llmsqueeze.numerics.stats import InputStats
 
 # A block that loses all its weights would no longer pass anything on.
 MOST = 0.99
 
 # Halvings of a bracket: more than an fp64 can tell apart, wherever in it the answer lies.
 _HALVINGS = 200
-
-
-class Allocation(Protocol):
-    """The shape of a module in ``methods/`` that says how much each site loses.
-
-    Config, needs: as in WeightMethod; the statistics are those of the uncompressed model.
-    measure: called once per block, in order. sites: the linears to be pruned, by name, [out, in], with
-    their statistics; none where a block has nothing to prune. What it returns is all that is kept of
-    the block: numbers, or small tensors on the CPU.
-    assign: measured, shapes: what `measure` returned and (out, in) of the sites, block by block.
-    Returns a Target for every site.
-
-    measure and assign raise RecipeError where the target's pattern leaves nothing to allocate.
-    """
-
-    Config: Any
-
-    def needs(self, config: Any) -> frozenset[str]: ...
-
-    def measure(
-        self, sites: dict[str, tuple[Tensor, InputStats | None]], target: Target, config: Any
-    ) -> Any: ...
-
-    def assign(
-        self,
-        measured: list[Any],
-        shapes: list[dict[str, tuple[int, int]]],
-        target: Target,
-        config: Any,
-    ) -> dict[str, Target]: ...
 
 
 def check_unstructured(target: Target, allocation: str) -> None:

@@ -196,7 +196,9 @@ class AllocationMethod(Protocol):
 
     needs: the statistics of the dense model; empty means no calibration data.
     measure: one block's sites, [out, in] weights and statistics; only what it returns is kept.
-    assign: a target for every site, whose mean weighted by parameters is that of `target`.
+    assign: a target for every site, whose mean weighted by parameters is that of `target`; measured
+    and shapes, (out, in) of the sites, come block by block.
+    Both raise RecipeError where the target's pattern leaves nothing to allocate.
     """
 
     Config: Any
