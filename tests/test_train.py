@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from llmsqueeze.errors import CalibrationError, CheckpointError, RecipeError
 from llmsqueeze.methods import patch
 from llmsqueeze.methods.base import NM, Target, Tile
-from llmsqueeze.train import STATE_NAME, StepDone, TrainedMasks, train_masks
+from llmsqueeze.train import StepDone, TrainedMasks, train_masks
+from llmsqueeze.training_state import STATE_NAME
 from tests.conftest import tiny_model
 
 CPU = torch.device("cpu")
