@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from llmsqueeze.methods.select import choose
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from llmsqueeze.numerics.replay import Replayed
     from llmsqueeze.numerics.stats import InputStats
 
 # A Hessian that is not positive definite at the asked damping is tried again with ten times as much.
@@ -49,7 +51,7 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
     """
     import torch
 
-    from llmsqueeze.numerics.masks import keep_highest, keep_nm
+    from llmsqueeze.numerics.masks import keep_highest
 
     assert stats is not None
     if target.sparsity == 0:
@@ -63,6 +65,7 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
     nm = pattern if isinstance(pattern, NM) and pattern.axis == "in" else None
     # An n:m group must lie within one block, or its mask would be chosen from stale weights.
     size = config.block_size if nm is None else -(-config.block_size // nm.m) * nm.m
+    replayed = _replayed()
     loss = torch.zeros((), dtype=torch.float64, device=w.device)
     # Patterns that reach over columns far apart are chosen before the first update.
     chosen = choose(w.abs() / diagonal, target) if pattern is not None and nm is None else None
@@ -71,28 +74,16 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
     for start in range(0, columns, size):
         stop = min(start + size, columns)
         block = w[:, start:stop]  # a view: updates land in w
-        u = factor[start:stop, start:stop]
-        d = diagonal[start:stop]
-        errors = torch.empty_like(block)
         if pattern is None:
-            score = (block / d).square()
+            score = (block / diagonal[start:stop]).square()
             removed = target.removed_of(score.numel())
             keep = keep_highest(score.reshape(1, -1), removed).reshape(score.shape)
         else:
             keep = kept[:, start:stop] if chosen is None else chosen[:, start:stop]
-        # Column-major copies: the loop below touches one column at a time.
-        columns_t = block.t().contiguous()
-        keep_t = keep.t().contiguous()
-        for i in range(stop - start):
-            if nm is not None and i % nm.m == 0:
-                group = (columns_t[i : i + nm.m].t() / d[i : i + nm.m]).square()
-                keep_t[i : i + nm.m] = keep_nm(group, nm.n, nm.m).t()
-            error = columns_t[i].masked_fill(keep_t[i], 0) / d[i]
-            columns_t[i:].addr_(u[i, i:], error, alpha=-1)
-            columns_t[i].masked_fill_(~keep_t[i], 0)
-            errors[:, i] = error
-        block.copy_(columns_t.t())
-        kept[:, start:stop] = keep_t.t()
+        u = factor[start:stop, start:stop]
+        done, keep, errors = replayed([block, keep, u], nm)
+        block.copy_(done)
+        kept[:, start:stop] = keep
         loss += errors.square().sum(dtype=torch.float64)
         w[:, stop:] -= errors @ factor[start:stop, stop:]
 
@@ -103,6 +94,41 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
     # Dividing by the token count makes the loss comparable between runs of different length.
     report = {"damping": damping, "quadratic_loss": float(loss), "dead_inputs": int(dead.sum())}
     return Pruned(w.to(weight.dtype), kept & ~dead, report)
+
+
+@functools.cache
+def _replayed() -> Replayed:
+    """Five kernels a column: kept as one recording for all linears of a shape."""
+    from llmsqueeze.numerics.replay import Replayed
+
+    return Replayed(_columns)
+
+
+def _columns(
+    block: Tensor, keep: Tensor, u: Tensor, nm: NM | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prune a block column by column. Returns its new weights, its mask, and e = w_removed / U_jj.
+
+    block: [out, columns] fp32; keep: bool, given unless nm chooses it from weights as they are by then;
+    u: [columns, columns], this block's part of the factor.
+    """
+    import torch
+
+    from llmsqueeze.numerics.masks import keep_nm
+
+    d = u.diagonal()
+    # Column-major copies: the loop touches one column at a time.
+    columns = block.t().contiguous().clone()
+    kept = keep.t().contiguous().clone()
+    errors = torch.empty_like(columns)
+    for i in range(columns.shape[0]):
+        if nm is not None and i % nm.m == 0:
+            group = (columns[i : i + nm.m].t() / d[i : i + nm.m]).square()
+            kept[i : i + nm.m] = keep_nm(group, nm.n, nm.m).t()
+        errors[i] = columns[i].masked_fill(kept[i], 0) / d[i]
+        columns[i:].addr_(u[i, i:], errors[i], alpha=-1)
+        columns[i].masked_fill_(~kept[i], 0)
+    return columns.t(), kept.t(), errors.t()
 
 
 def _factor(stats: InputStats, damping: float) -> tuple[Tensor, float, Tensor]:
