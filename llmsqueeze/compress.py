@@ -104,17 +104,18 @@ def prune(
                 name: dataclasses.replace(recipe.target, dense_tiles=count)
                 for name, count in trained.dense_tiles.items()
             }
+        needs = recipe.needs | {"probe"} if recipe.needs else recipe.needs
         total = _Share()
         stored: Future[_Share] | None = None
         for block in walk(
             checkpoint,
             tokens,
-            recipe.needs,
+            needs,
             dtype,
             device,
             recipe.batch,
             recipe.order,
-            dense_share=recipe.dense_share if "product" in recipe.needs else 0.0,
+            dense_share=recipe.dense_share if "product" in needs else 0.0,
             held_out=plan.held_out_samples(recipe),
         ):
             block_started = time.monotonic()
@@ -182,8 +183,8 @@ def prune_site(
     if refit is not None and stats is not None:
         pruned = refit.refit(weight, pruned, stats, recipe.refit_config)
     report = dict(pruned.report)
-    if stats is not None and "gram" in stats.needs:
-        report["relative_error"] = relative_error(weight, pruned.weight, stats.gram)
+    if stats is not None:
+        report["relative_error"] = relative_error(weight, pruned.weight, stats.probe())
     if isinstance(target.pattern, Tile):
         report["dense_tiles"] = target.dense_of(target.pattern.count(*weight.shape))
     return dataclasses.replace(pruned, report=report)

@@ -125,5 +125,4 @@ def test_parts_compose_end_to_end(
     wanted = 0.6 if "0.6" in args else wanted
     assert document["sparsity"] == pytest.approx(wanted, abs=0.02)
     assert cli("inspect", tmp_path / "out", "--verify").exit_code == 0
-    if "--refit" in args:
-        assert all(0 < site["relative_error"] < 1 for site in document["sites"])
+    assert all(0 < site["relative_error"] < 1 for site in document["sites"])

@@ -83,10 +83,9 @@ def masked_pcg(
     return Solution(best, float(best_step.mean()))
 
 
-def relative_error(weight: Tensor, pruned: Tensor, gram: Tensor) -> float:
-    """‖(Ŵ - W) x‖² / ‖W x‖² over the tokens of `gram`; 0 when W x is 0."""
-    weight = weight.float()
-    change = pruned.float() - weight
-    lost = (change @ gram * change).sum(dtype=torch.float64)
-    whole = (weight @ gram * weight).sum(dtype=torch.float64)
+def relative_error(weight: Tensor, pruned: Tensor, x: Tensor) -> float:
+    """‖(Ŵ - W) x‖² / ‖W x‖² over the tokens x: [tokens, in]; 0 when W x is 0."""
+    x, weight = x.float(), weight.float()
+    whole = (x @ weight.t()).square().sum(dtype=torch.float64)
+    lost = (x @ (pruned.float() - weight).t()).square().sum(dtype=torch.float64)
     return float(lost / whole) if float(whole) > 0 else 0.0

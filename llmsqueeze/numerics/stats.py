@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-STATISTICS = frozenset({"sum", "sq_sum", "gram", "product"})
+STATISTICS = frozenset({"sum", "sq_sum", "gram", "product", "probe"})
+
+# Tokens of every sample that are kept as they are, to measure a finished linear on.
+PROBE_TOKENS = 32
 
 _SLICE = 64
 
@@ -21,6 +24,7 @@ class InputStats:
     "sq_sum"  sq_sum [in] fp64, Σ x²
     "gram"    gram [in, in] fp32, Σ x xᵀ
     "product" what product() needs beyond the gram, which must be gathered too
+    "probe"   some of the tokens themselves, see probe()
 
     With "product", dense_share α > 0 follows the uncompressed model beside the compressed one:
     cross [in, in] fp32, Σ x̂ xᵀ, where x̂ is what the dense model has in place of x;
@@ -60,6 +64,7 @@ class InputStats:
             self.sq_sum = zeros(width, dtype=torch.float64)
         if "gram" in needs:
             self.gram = zeros(width, width)
+        self._probe: list[Tensor] = []
         self.drift: Tensor | None = None
         if dense_share:
             self.cross = zeros(width, width)
@@ -82,6 +87,11 @@ class InputStats:
             self.sq_sum += _sum_of_squares(tokens.float())
         if "gram" in self.needs:
             _add_product(self.gram, tokens, tokens)
+        if "probe" in self.needs:
+            # Not the first token: in many models its activations dwarf all others.
+            step = max(1, x.shape[1] // PROBE_TOKENS)
+            some = x[:, step // 2 :: step][:, :PROBE_TOKENS]
+            self._probe.append(some.reshape(-1, x.shape[-1]).clone())
         if self.dense_share:
             assert dense_x is not None
             _add_product(self.cross, dense_x.reshape(tokens.shape), tokens)
@@ -112,6 +122,11 @@ class InputStats:
             mine = getattr(self, name, None)
             if mine is not None:
                 mine += getattr(other, name)
+        self._probe += other._probe
+
+    def probe(self) -> Tensor:
+        """[tokens, in], as they came in: evenly spaced tokens of every sample, of held-out ones if any."""
+        return torch.cat((self.held_out or self)._probe)
 
     def is_finite(self) -> bool:
         """False once any token held NaN or Inf, or a square left the range of fp32."""

@@ -114,7 +114,5 @@ def test_relative_error_is_that_of_the_outputs() -> None:
     weight, keep, x, _ = problem()
     expected = (x @ (weight * ~keep).t()).double().square().sum()
     expected = expected / (x @ weight.t()).double().square().sum()
-    assert relative_error(weight, weight * keep, x.t() @ x) == pytest.approx(
-        float(expected), rel=1e-4
-    )
-    assert relative_error(weight, weight * keep, torch.zeros(20, 20)) == 0.0
+    assert relative_error(weight, weight * keep, x) == pytest.approx(float(expected), rel=1e-4)
+    assert relative_error(weight, weight * keep, torch.zeros(5, 20)) == 0.0

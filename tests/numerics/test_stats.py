@@ -58,3 +58,19 @@ def test_only_what_is_needed_is_kept() -> None:
         _ = stats.gram
     with pytest.raises(ValueError, match="unknown"):
         InputStats(4, frozenset({"kurtosis"}), CPU)
+
+
+def test_the_probe_is_of_every_sample_and_indifferent_to_batches() -> None:
+    x = torch.arange(6 * 100 * 2, dtype=torch.float32).reshape(6, 100, 2)
+    whole, split = (InputStats(2, frozenset({"probe"}), CPU) for _ in range(2))
+    whole.update(x)
+    for part in x.split([1, 3, 2]):
+        split.update(part)
+    assert torch.equal(whole.probe(), split.probe())
+    assert whole.probe().shape == (6 * 32, 2)
+    samples = whole.probe()[:, 0] // 200
+    assert samples.unique(return_counts=True)[1].tolist() == [32] * 6
+    assert not torch.isin(whole.probe()[:, 0], x[:, 0, 0]).any()
+    whole.held_out = InputStats(2, frozenset({"probe"}), CPU)
+    whole.held_out.update(x[4:])
+    assert torch.equal(whole.probe(), split.probe()[4 * 32 :])
