@@ -4,11 +4,12 @@ Starting from another method's mask, a removed weight is regrown and a kept one 
 row (every group for n:m) keeps its count. What a swap must achieve is `Config.swap`:
 
 guarded    The row's expected error ε = Σ removed W_ij S_j, S_j the input summed over one sample, must
-           shrink. Regrown is the weight with the largest W_ij S_j / var(x_j) of ε's sign, removed the
-           lowest Wanda score of the other sign. A row ends at its first swap that does not shrink |ε|:
-           trying the next candidates instead made the true error larger on real layers.
-quadratic  The error Δ G Δᵀ on the calibration tokens must shrink, G their Gram matrix, Δ = -removed
-           weights: no longer the paper's method, but far closer to what it is after.
+           shrink, and so must its expected square per token, as if inputs were uncorrelated:
+           (ε / tokens)² + Σ removed W_ij² var(x_j). Regrown is the weight with the largest
+           W_ij S_j / var(x_j) of ε's sign, removed the lowest Wanda score of the other sign. A row ends
+           at its first swap that fails.
+quadratic  The squared error Δ G Δᵀ on the calibration tokens must shrink, G their Gram matrix, Δ =
+           -removed weights: no longer the paper's method, but far closer to what it is after.
 released   What the published code does (github.com/zyxxmu/DSnoT, 4c029df), for comparison:
            - no test that a swap helps (--without_same_sign is on, also when given as False): |ε|
              grows in some rows, and the true error in most;
@@ -59,8 +60,8 @@ class Config:
     swap: str = field(
         default="guarded",
         metadata={
-            "help": "what swaps must lower: guarded (the mean output error), quadratic (the squared "
-            "one) or released (the published code: nothing)"
+            "help": "what swaps must lower: guarded (the mean output error), quadratic (the "
+            "squared one) or released (the published code: nothing)"
         },
     )
     cycles: int = field(default=50, metadata={"help": "swaps per row, at most"})
@@ -88,7 +89,11 @@ class Config:
 
 
 def needs(config: Config) -> frozenset[str]:
-    wanted = {"gram"} if config.swap == "quadratic" else {"sum", "sq_sum"}
+    wanted = {
+        "guarded": {"sum", "sq_sum"},
+        "quadratic": {"gram"},
+        "released": {"sum", "sq_sum"},
+    }[config.swap]
     return frozenset(
         wanted | {"wanda": {"sq_sum"}, "sparsegpt": {"gram"}}.get(config.initial, set())
     )
@@ -172,6 +177,13 @@ def _swap_expected(
         """[out, 1] fp64: the products again, so that ε does not drift from what the mask says."""
         return w.gather(1, column).double() * share[column]
 
+    tokens = stats.count / stats.samples
+    variance = _variance(stats, within_samples=False).double()
+
+    def spread(column: Tensor) -> Tensor:
+        """[out, 1] fp64: what removing this weight adds to the row's variance per token."""
+        return w.gather(1, column).double().square() * variance[column]
+
     keep = first.clone()
     before = error = _expected_error(w, first, share)
     alive = torch.ones_like(error, dtype=torch.bool)
@@ -190,7 +202,8 @@ def _swap_expected(
         changed = error + effect(removed) - effect(grown)
         alive = alive & (gained > 0) & (error.abs() > config.threshold)
         if not released:
-            alive &= changed.abs() < error.abs()
+            gap = (changed / tokens).square() - (error / tokens).square()
+            alive &= (changed.abs() < error.abs()) & (gap + spread(removed) < spread(grown))
         elif group:
             alive &= changed.sign() == before.sign()
         _exchange(keep, grown, removed, alive)
@@ -226,6 +239,26 @@ def _exchange(keep: Tensor, grown: Tensor, removed: Tensor, where: Tensor) -> No
     keep.scatter_(1, removed, keep.gather(1, removed) & ~where)
 
 
+class _SquaredError:
+    """Δ G Δᵀ of every row while swaps change it.
+
+    w: [out, in] fp32; first: the mask it starts from. residual: [out, in], (removed weights) G.
+    least: [out, 1]; changes smaller than that are not gains but rounding of the error itself.
+    """
+
+    def __init__(self, w: Tensor, first: Tensor, gram: Tensor) -> None:
+        self._w, self._gram = w, gram
+        removed = w.masked_fill(first, 0)
+        self.residual = removed @ gram
+        self.least = 1e-6 * (self.residual * removed).sum(dim=1, keepdim=True)
+
+    def swap(self, grown: Tensor, removed: Tensor, where: Tensor) -> None:
+        """Make the swap in the rows `where`: [out, 1] bool."""
+        up, down = self._w.gather(1, grown) * where, self._w.gather(1, removed) * where
+        self.residual.addcmul_(down, self._gram[removed.squeeze(1)])
+        self.residual.addcmul_(up, self._gram[grown.squeeze(1)], value=-1)
+
+
 def _swap_quadratic(
     w: Tensor, first: Tensor, stats: InputStats, group: int | None, config: Config
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -233,14 +266,16 @@ def _swap_quadratic(
     import torch
 
     gram, gram64 = stats.gram, stats.gram.double()
+
+    def squared(rows: Tensor, keep: Tensor) -> Tensor:
+        left = rows.masked_fill(keep, 0).double()
+        return ((left @ gram64) * left).sum(dim=1)
+
     size = max(1, CHUNK // (w.shape[1] * (group or 1)))
     done = []
     for rows, start in zip(w.split(size), first.split(size), strict=True):
-        residual = rows.masked_fill(start, 0).double() @ gram64
-        before = (residual * rows.masked_fill(start, 0)).sum(dim=1)
-        keep = _descend(rows, start, residual.float(), before, gram, group, config.cycles)
-        left = rows.masked_fill(keep, 0).double()
-        after = ((left @ gram64) * left).sum(dim=1)
+        keep = _descend(rows, start, gram, group, config.cycles)
+        before, after = squared(rows, start), squared(rows, keep)
         # The descent is in fp32; nearly equal inputs could make its rounding larger than its gain.
         worse = after > before
         keep = torch.where(worse.unsqueeze(1), start, keep)
@@ -249,41 +284,28 @@ def _swap_quadratic(
     return keep, before, after
 
 
-def _descend(
-    w: Tensor,
-    first: Tensor,
-    residual: Tensor,
-    error: Tensor,
-    gram: Tensor,
-    group: int | None,
-    cycles: int,
-) -> Tensor:
-    """The best swap of each row, again and again, while it lowers the error.
-
-    residual: [out, in], (removed weights) G; error: [out], Δ G Δᵀ, both of the mask `first`.
-    """
+def _descend(w: Tensor, first: Tensor, gram: Tensor, group: int | None, cycles: int) -> Tensor:
+    """The best swap of each row, again and again, while it lowers the error."""
     import torch
 
-    # Changes below the rounding of the error itself are not gains.
-    least = (1e-6 * error).float().unsqueeze(1)
+    error = _SquaredError(w, first, gram)
     own = w.square() * gram.diagonal()
     cross = _cross_terms(w, gram, group) if group else None
     keep = first.clone()
     for cycle in range(cycles):
         # Of regrowing j and of removing p, each alone; together they also share -2 w_j w_p G_jp.
-        pull = 2 * w * residual
+        pull = 2 * w * error.residual
         regrow = (own - pull).masked_fill_(keep, torch.inf)
         remove = (own + pull).masked_fill_(~keep, torch.inf)
         if cross is None:
             change, grown, removed = _best_pair(w, regrow, remove, gram)
         else:
             change, grown, removed = _best_pair_in_group(regrow, remove, cross)
-        accept = change < -least
+        accept = change < -error.least
         if cycle % CHECK_EVERY == 0 and not bool(accept.any()):
             break
         _exchange(keep, grown, removed, accept)
-        residual.addcmul_(w.gather(1, removed) * accept, gram[removed.squeeze(1)])
-        residual.addcmul_(w.gather(1, grown) * accept, gram[grown.squeeze(1)], value=-1)
+        error.swap(grown, removed, accept)
     return keep
 
 

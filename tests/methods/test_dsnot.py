@@ -27,7 +27,7 @@ def inputs(width: int, seed: int = 0, samples: int = SAMPLES) -> Tensor:
     """[samples, tokens, in] fp32: correlated, of uneven scale and mean, the mean differing by sample."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(samples, TOKENS, width, generator=g) @ torch.randn(width, width, generator=g)
-    x = x + torch.randn(samples, 1, width, generator=g) + 2 * torch.randn(width, generator=g)
+    x = x + torch.randn(samples, 1, width, generator=g) + 6 * torch.randn(width, generator=g)
     return x * torch.rand(width, generator=g).mul(2).exp() / width**0.5
 
 
@@ -109,11 +109,16 @@ def at_least(x: Tensor, variance: Tensor) -> list[float]:
 def guarded_by_loop(
     weight: Tensor, x: Tensor, target: Target, initial: str, cycles: int = 50
 ) -> Tensor:
-    """Section 3.6 of the notes on pruning: candidates by sign, each used once, stop at no gain."""
+    """Candidates by sign, each used once; the first swap that gains nothing ends the row."""
     columns = weight.shape[1]
     m = group_of(target, columns)
     mean = x.double().sum(1).mean(0).tolist()
     variance = at_least(x, x.double().flatten(0, 1).var(0, unbiased=False))
+    tokens = x.shape[1]
+
+    def squared(row: list[float], removed: set[int], error: float) -> float:
+        return (error / tokens) ** 2 + sum(row[j] ** 2 * variance[j] for j in removed)
+
     result = []
     for row, removed, score in zip(
         weight.double().tolist(),
@@ -144,12 +149,14 @@ def guarded_by_loop(
             p = partner[j]
             assert p is not None
             changed = error + d[p] - d[j]
-            if abs(changed) >= abs(error):
+            swapped = removed - {j} | {p}
+            if abs(changed) >= abs(error) or (
+                squared(row, swapped, changed) >= squared(row, removed, error)
+            ):
                 break
-            error = changed
+            error, removed = changed, swapped
             pool.remove(j)
             kept.remove(p)
-            removed = removed - {j} | {p}
         result.append(removed)
     return keep_of(result, columns)
 
