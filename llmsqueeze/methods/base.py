@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 # Share of the inputs that N:M along outputs keeps whole, and of those it drops for that.
-DEFAULT_BUDGET = 0.05
+DEFAULT_BUDGET = 0.02
 
 
 @dataclass(frozen=True)

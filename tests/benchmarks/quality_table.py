@@ -49,10 +49,18 @@ TABLES: dict[str, list[Recipe]] = {
     "2:4": rows(
         {"pattern": "2:4"}, MAGNITUDE, WANDA, DSNOT, SWAP, SPARSEGPT, WANDA_REFIT, ADMM, DEFAULT
     ),
-    "2:4-out": rows({"pattern": "2:4-out", "channel_budget": 0.0}, WANDA, DEFAULT)
-    + rows({"pattern": "2:4-out", "channel_budget": 0.02}, DEFAULT)
-    + rows({"pattern": "2:4-out"}, WANDA_REFIT, DEFAULT)
-    + rows({"pattern": "2:4-out", "channel_budget": 0.1}, DEFAULT),
+    "out": [
+        row
+        for pattern, budgets in (("2:4-out", (0.0, 0.01, 0.02, 0.05)), ("4:8-out", (0.0, 0.02)))
+        for budget in budgets
+        for row in rows({"pattern": pattern, "channel_budget": budget}, DEFAULT)
+    ]
+    + rows({"pattern": "4:8"}, WANDA_REFIT),
+    "allocation": [
+        {**method, "target": {"sparsity": sparsity}, "allocation": allocation}
+        for allocation in ("owl", "alpha")
+        for sparsity, method in ((0.6, WANDA), (0.7, WANDA), (0.6, DEFAULT))
+    ],
     "tile": [
         row
         for sparsity in (0.25, 0.35, 0.45)
@@ -61,6 +69,7 @@ TABLES: dict[str, list[Recipe]] = {
     "trained": rows(
         {"pattern": "tile", "sparsity": 0.35},
         {"method": "wanda", "allocation": "benefit"},
+        {"method": "wanda", "allocation": "benefit", "refit": "pcg"},
         {"tiles": "tile", "tiles_config": TRAINING},
         {"tiles": "tile", "tiles_config": TRAINING, "refit": "pcg"},
     )
