@@ -18,9 +18,9 @@ from torch import Tensor
 
 from llmsqueeze import __version__, card, plan
 from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
-from llmsqueeze.calibrate import Site, exact_matmul, walk
+from llmsqueeze.calibrate import Site, walk
 from llmsqueeze.checkpoint import Checkpoint
-from llmsqueeze.device import beside, calibration_dtype, worker
+from llmsqueeze.device import beside, calibration_dtype, exact_matmul, worker
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.learn import learn_masks
 from llmsqueeze.methods import refit_method, weight_method

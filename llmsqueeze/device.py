@@ -48,6 +48,17 @@ def evaluation_dtype(name: str, stored: torch.dtype, device: torch.device) -> to
     return stored if device.type == "cuda" else torch.float32
 
 
+@contextlib.contextmanager
+def exact_matmul() -> Iterator[None]:
+    """fp32 products in fp32: TF32 would put its rounding into the statistics."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class _AtOnce(Executor):
     """Runs what is submitted before it returns."""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmsqueeze.calibrate import exact_matmul
+from llmsqueeze.device import exact_matmul
 from llmsqueeze.errors import CalibrationError
 
 # Positions whose logits are turned into losses together: small enough for a CPU cache.

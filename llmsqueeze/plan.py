@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.calibrate import batch_samples, walk
+from llmsqueeze.blocks import batch_samples
+from llmsqueeze.calibrate import walk
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.data import calibration_windows, load_tokenizer
 from llmsqueeze.errors import CheckpointError, RecipeError

@@ -25,12 +25,13 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "data": ("errors",),
     "source": ("shards", "errors"),
     "streams": (),
-    "calibrate": ("checkpoint", "device", "numerics", "streams", "errors"),
+    "blocks": ("checkpoint", "device", "streams", "errors"),
+    "calibrate": ("blocks", "checkpoint", "numerics", "streams", "errors"),
     "integration": ("artifact", "checkpoint", "numerics.packing", "errors"),
     "runtime": ("integration", "checkpoint", "errors"),
-    "evaluate": ("calibrate", "errors"),
+    "evaluate": ("device", "errors"),
     "card": ("checkpoint", "recipe"),
-    "plan": ("calibrate", "checkpoint", "data", "methods", "recipe", "errors"),
+    "plan": ("blocks", "calibrate", "checkpoint", "data", "methods", "recipe", "errors"),
 }
 
 

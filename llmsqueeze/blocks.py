@@ -1,0 +1,241 @@
+"""Decoder blocks one at a time, each with the calibration activations that enter it.
+
+How a model calls its blocks (masks, rotary tables, positions, per-layer differences) is recorded
+from the model's own forward, so no architecture's call is re-implemented here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmsqueeze.checkpoint import Checkpoint, place
+from llmsqueeze.device import beside
+from llmsqueeze.errors import CalibrationError
+from llmsqueeze.streams import Stream
+
+# Tokens per forward pass: enough to amortise reading the weights, few enough to stay in cache.
+CPU_BATCH_TOKENS = 1024
+GPU_BATCH_TOKENS = 16384
+
+
+# How one block is called: positional arguments after the hidden states, keyword arguments.
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def batch_samples(seqlen: int, device: torch.device) -> int:
+    """Samples per forward pass that suit the device."""
+    tokens = CPU_BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
+    return max(1, tokens // seqlen)
+
+
+def cut_batches(tokens: Tensor, batch: int, held_out: int) -> list[slice]:
+    """Samples of every forward pass; none of them mixes held-out samples with others."""
+    samples = tokens.shape[0]
+    cut = samples - held_out
+    first = [slice(start, min(start + batch, cut)) for start in range(0, cut, batch)]
+    return first + [slice(at, min(at + batch, samples)) for at in range(cut, samples, batch)]
+
+
+@dataclass(frozen=True)
+class Run:
+    """How to run one block over the calibration activations. last: its output is not needed."""
+
+    block: nn.Module
+    hidden: Tensor
+    calls: dict[int, _Call]
+    last: bool
+
+    def forward(self, rows: slice) -> Tensor:
+        """The block's output for these samples."""
+        x = self.hidden[rows]
+        args, kwargs = self.calls[x.shape[0]]
+        out = self.block(x, *args, **kwargs)
+        # Blocks return a bare tensor in transformers 5; indexing that would drop the batch.
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+    def propagate(self, rows: slice) -> None:
+        """Replace those samples' inputs by the outputs, in place."""
+        self.hidden[rows] = self.forward(rows)
+
+    def stream(self, rows: slice) -> Stream:
+        """propagate() as a coroutine."""
+        return Stream(functools.partial(self.propagate, rows))
+
+
+@dataclass(frozen=True)
+class LoadedBlock:
+    """One decoder block with its weights on the compute device.
+
+    prefix: of its full names, with the last dot; tensors: its parameters by full name in stored dtype;
+    linears: by name within the block; run: over the calibration activations, None without tokens;
+    twin: the same block over activations of its own, if asked for.
+    """
+
+    index: int
+    prefix: str
+    tensors: dict[str, Tensor]
+    linears: dict[str, nn.Linear]
+    model: nn.Module
+    run: Run | None
+    twin: Run | None
+
+
+@torch.no_grad()
+def load_blocks(
+    checkpoint: Checkpoint,
+    tokens: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    batches: list[slice],
+    *,
+    twin: bool = False,
+) -> Iterator[LoadedBlock]:
+    """Every block in turn, freed when the next is asked for. The caller propagates the activations."""
+    model = checkpoint.build(dtype)
+    hidden, calls = None, None
+    if tokens is not None:
+        hidden, calls = _embed(checkpoint, model, tokens, dtype, device, batches)
+    dense_hidden = hidden.clone() if hidden is not None and twin else None
+    blocks = model.get_submodule(checkpoint.blocks_path)
+    for index, (block, read) in enumerate(
+        zip(blocks, _read_ahead(checkpoint, device), strict=True)
+    ):
+        tensors = {n: t.to(device) for n, t in read.items()}
+        prefix = f"{checkpoint.blocks_path}.{index}."
+        linears = {n.removeprefix(prefix): m for n, m in checkpoint.linears(index, model).items()}
+        run, other = None, None
+        if hidden is not None and calls is not None:
+            place(model, tensors, dtype, device)
+            move_buffers(block, device)
+            last = index + 1 == checkpoint.block_count
+            run = Run(block, hidden, calls[index], last)
+            if dense_hidden is not None:
+                other = Run(copy.deepcopy(block), dense_hidden, calls[index], last)
+        yield LoadedBlock(index, prefix, tensors, linears, model, run, other)
+        if calls is not None:
+            calls[index] = {}
+        block.to("meta")
+
+
+def _read_ahead(checkpoint: Checkpoint, device: torch.device) -> Iterator[dict[str, Tensor]]:
+    """Each block's parameters on the CPU, the next block being read while one is worked on."""
+    names = [checkpoint.block_parameters(index) for index in range(checkpoint.block_count)]
+    with beside(device) as reader:
+        upcoming = reader.submit(checkpoint.read, names[0])
+        for following in names[1:]:
+            block = upcoming.result()
+            upcoming = reader.submit(checkpoint.read, following)
+            yield block
+        yield upcoming.result()
+
+
+def move_buffers(module: nn.Module, device: torch.device) -> None:
+    """Move the real buffers of a skeleton; its parameters stay where they are."""
+    for owner in module.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None:
+                owner._buffers[name] = buffer.to(device)
+
+
+def _embed(
+    checkpoint: Checkpoint,
+    model: Any,
+    tokens: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    batches: list[slice],
+) -> tuple[Tensor, list[dict[int, _Call]]]:
+    """Inputs of block 0, [samples, seqlen, hidden], and for every block and batch size its call."""
+    head = model.get_output_embeddings()
+    unused = {id(p) for p in head.parameters()} - {
+        id(p) for p in model.get_input_embeddings().parameters()
+    }
+    names = [n for n in checkpoint.outer_parameters if id(model.get_parameter(n)) not in unused]
+    place(model, checkpoint.read(names), dtype, device)
+    move_buffers(model, device)
+    blocks = model.get_submodule(checkpoint.blocks_path)
+    calls: list[dict[int, _Call]] = [{} for _ in blocks]
+    hidden: Tensor | None = None
+
+    def recorder(index: int) -> Callable[..., Tensor]:
+        def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            nonlocal hidden
+            size = hidden_states.shape[0]
+            if index == 0:
+                if hidden is None:
+                    shape = (tokens.shape[0], *hidden_states.shape[1:])
+                    hidden = torch.empty(shape, dtype=dtype, device=device)
+                hidden[rows] = hidden_states
+            if size in calls[-1]:
+                raise _Stop  # every block's call at this batch size is known
+            calls[index][size] = (args, kwargs)
+            if index + 1 == len(calls):
+                raise _Stop
+            return hidden_states
+
+        return record
+
+    for index, block in enumerate(blocks):
+        block.forward = recorder(index)  # type: ignore[method-assign]
+    try:
+        for rows in batches:
+            with contextlib.suppress(_Stop):
+                model(tokens[rows].to(device), use_cache=False)
+    finally:
+        for block in blocks:
+            del block.forward  # the class's own forward shows again
+    for name in names:
+        place_meta(model, name)
+    assert hidden is not None
+    return hidden, calls
+
+
+def place_meta(model: nn.Module, name: str) -> None:
+    """Give the memory of a placed parameter back."""
+    owner, _, leaf = name.rpartition(".")
+    module = model.get_submodule(owner)
+    setattr(module, leaf, nn.Parameter(getattr(module, leaf).to("meta"), requires_grad=False))
+
+
+class _Stop(Exception):
+    """Ends a forward pass once everything wanted was seen."""
+
+
+def find_groups(run: Run, rows: slice, linears: dict[str, nn.Linear]) -> list[list[str]]:
+    """Linears fed by the same tensor, in the order of their first call, found by running one batch."""
+    groups: list[list[str]] = []
+    seen: list[weakref.ref[Tensor]] = []
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def group(module: nn.Module, args: tuple[Any, ...]) -> None:
+            for reference, names in zip(seen, groups, strict=True):
+                if reference() is args[0]:
+                    names.append(name)
+                    return
+            seen.append(weakref.ref(args[0]))
+            groups.append([name])
+
+        return group
+
+    handles = [m.register_forward_pre_hook(hook(name)) for name, m in linears.items()]
+    try:
+        run.forward(rows)
+    finally:
+        for handle in handles:
+            handle.remove()
+    missing = set(linears) - {name for names in groups for name in names}
+    if missing:
+        raise CalibrationError(
+            f"{min(missing)} took no part in the forward pass; its architecture is not supported"
+        )
+    return groups
