@@ -14,29 +14,42 @@ from llmsqueeze.errors import CheckpointError
 
 
 @dataclass(frozen=True)
+class GatedMlp:
+    """Names within a block: down(activation(gate(x)) · up(x)), and attention's first and last linear."""
+
+    activation: str = "mlp.act_fn"
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+    query: str = "self_attn.q_proj"
+    attention_out: str = "self_attn.o_proj"
+
+
+@dataclass(frozen=True)
 class Family:
     """blocks: module path of the list of decoder blocks in the causal language model.
 
     residuals: linear → module, both within a block, where the linear's output is added, unchanged,
     to the very tensor that enters the module: the residual stream.
+    mlp: the parts of a gated MLP whose gate, up and down are linears of their own.
     """
 
     blocks: str = "model.layers"
     residuals: Mapping[str, str] = field(default_factory=dict)
+    mlp: GatedMlp | None = None
 
 
 _PRE_NORM = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
 
 # model_type in config.json → family
 FAMILIES: dict[str, Family] = {
-    "llama": Family(residuals=_PRE_NORM),
-    "mistral": Family(residuals=_PRE_NORM),
-    "qwen2": Family(residuals=_PRE_NORM),
-    "qwen3": Family(residuals=_PRE_NORM),
+    "llama": Family(residuals=_PRE_NORM, mlp=GatedMlp()),
+    "mistral": Family(residuals=_PRE_NORM, mlp=GatedMlp()),
+    "qwen2": Family(residuals=_PRE_NORM, mlp=GatedMlp()),
+    "qwen3": Family(residuals=_PRE_NORM, mlp=GatedMlp()),
     "phi3": Family(residuals=_PRE_NORM),
     # Gemma normalises what attention and MLP put out before adding it: nothing is added unchanged.
-    "gemma2": Family(),
-    "gemma3_text": Family(),
+    "gemma2": Family(mlp=GatedMlp()),
+    "gemma3_text": Family(mlp=GatedMlp()),
     "opt": Family(
         "model.decoder.layers",
         {"self_attn.out_proj": "self_attn_layer_norm", "fc2": "final_layer_norm"},

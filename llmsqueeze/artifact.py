@@ -24,9 +24,17 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from llmsqueeze import __version__
+from llmsqueeze.activation import ActivationRecord, GateRecord, side_tensors, write_side_file
 from llmsqueeze.errors import CheckpointError, RecipeError, ResourceError
 from llmsqueeze.numerics.packing import bitmask_bytes, pack_bitmask, unpack_bitmask
-from llmsqueeze.shards import ShardRecord, ShardWriter, hash_file, hash_header, list_shards
+from llmsqueeze.shards import (
+    SIDE_NAME,
+    ShardRecord,
+    ShardWriter,
+    hash_file,
+    hash_header,
+    list_shards,
+)
 
 MANIFEST_NAME = "llmsqueeze.json"
 FORMAT_VERSION = 1
@@ -66,7 +74,10 @@ class SiteRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """llmsqueeze.json. steps: what was done, oldest first, each with recipe, source and calibration."""
+    """llmsqueeze.json. steps: what was done, oldest first, each with recipe, source and calibration.
+
+    activation: the gates of sparsified activations, if there are any.
+    """
 
     format: str
     sites: dict[str, SiteRecord]
@@ -74,6 +85,7 @@ class Manifest:
     bytes_before: int
     bytes_after: int
     steps: list[dict[str, Any]]
+    activation: ActivationRecord | None = None
     format_version: int = FORMAT_VERSION
     tool_version: str = __version__
 
@@ -95,6 +107,8 @@ class Manifest:
                 )
             raw["sites"] = {n: _strict(SiteRecord, r) for n, r in raw["sites"].items()}
             raw["shards"] = {n: _strict(ShardRecord, r) for n, r in raw["shards"].items()}
+            if raw.get("activation") is not None:
+                raw["activation"] = ActivationRecord.from_raw(raw["activation"])
             manifest = _strict(cls, raw)
             manifest._validate()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -150,14 +164,19 @@ def read_manifest(directory: Path, config: dict[str, Any]) -> Manifest | None:
                 f"{file}: header differs from {MANIFEST_NAME}; the file is damaged or was replaced "
                 f"(if weights were changed on purpose, delete {MANIFEST_NAME})"
             )
+    if manifest.activation:
+        side_tensors(directory, manifest.activation)
     return manifest
 
 
 def verify(directory: Path, manifest: Manifest) -> list[str]:
     """Hash every shard; the names of those whose contents differ from the manifest."""
+    files = dict(manifest.shards)
+    if manifest.activation:
+        files[SIDE_NAME] = manifest.activation.file
     return [
         name
-        for name, record in manifest.shards.items()
+        for name, record in files.items()
         if (directory / name).stat().st_size != record.bytes
         or hash_file(directory / name) != record.sha256
     ]
@@ -184,6 +203,7 @@ class ArtifactWriter:
         self._out = out
         self._format = format
         self._sites: dict[str, SiteRecord] = {}
+        self._activation: ActivationRecord | None = None
 
     def __enter__(self) -> ArtifactWriter:
         try:
@@ -234,6 +254,14 @@ class ArtifactWriter:
         self._sites[site] = record
         return record
 
+    def add_activation(
+        self, method: str, prefill: str, gates: dict[str, GateRecord], tensors: dict[str, Tensor]
+    ) -> ActivationRecord:
+        """Store the gates of sparsified activations and their side tensors."""
+        file = write_side_file(self.directory, tensors)
+        self._activation = ActivationRecord(method, prefill, gates, file)
+        return self._activation
+
     def write_text(self, name: str, text: str) -> None:
         """A side file, such as the model card."""
         (self.directory / name).write_text(text, encoding="utf-8")
@@ -247,8 +275,10 @@ class ArtifactWriter:
             sites=self._sites,
             shards=self._shards.finish(),
             bytes_before=bytes_before,
-            bytes_after=self._shards.total_bytes,
+            bytes_after=self._shards.total_bytes
+            + (self._activation.file.bytes if self._activation else 0),
             steps=steps,
+            activation=self._activation,
         )
         for asset in assets(source):
             shutil.copyfile(asset, self.directory / asset.name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from llmsqueeze.activation import ActivationRecord
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.recipe import PruneRecipe
 
@@ -42,6 +43,29 @@ def model_card(
         "",
         "`llmsqueeze.json` records how this was made, `llmsqueeze inspect --verify` checks the files, and",
         "`llmsqueeze eval THIS --against ORIGINAL` measures what pruning cost on text of your choice.",
+    ]
+    return _front_matter(checkpoint, source_name, ["llmsqueeze", "sparse"]) + "\n".join(body) + "\n"
+
+
+def sparsified_card(checkpoint: Checkpoint, source_name: str, record: ActivationRecord) -> str:
+    """Card of a checkpoint with gated activations."""
+    mean = sum(gate.sparsity for gate in record.gates.values()) / len(record.gates)
+    body = [
+        f"# {_short(source_name)}, activations sparsified by {record.method}",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| made from | `{source_name}` |",
+        f"| method | {record.method} |",
+        f"| gates | {len(record.gates)}, dropping {mean:.1%} of their inputs on average |",
+        f"| prompt tokens gated | {record.prefill} |",
+        "",
+        "Weights are those of the source; thresholds lie in `llmsqueeze.safetensors`. Load it with",
+        "",
+        _LOAD,
+        "",
+        "`llmsqueeze eval THIS --against ORIGINAL` measures what the gates cost on text of your choice, and",
+        "how much they drop there.",
     ]
     return _front_matter(checkpoint, source_name, ["llmsqueeze", "sparse"]) + "\n".join(body) + "\n"
 

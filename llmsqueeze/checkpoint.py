@@ -22,6 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.initialization import no_init_weights
 
+from llmsqueeze.activation import ActivationRecord, read_side_tensors, side_tensors
 from llmsqueeze.architectures import family_of
 from llmsqueeze.artifact import BITMASK_PARTS, Manifest, SiteRecord, decode, read_manifest
 from llmsqueeze.errors import CheckpointError
@@ -46,7 +47,7 @@ Source = StoredTensor | BitmaskSource
 class Checkpoint:
     """An opened checkpoint directory.
 
-    path; config: config.json as parsed; blocks_path, residuals: see architectures.Family;
+    path; config: config.json as parsed; blocks_path, residuals, mlp: see architectures.Family;
     manifest: None for a plain Hugging Face checkpoint;
     model: the empty model whose names and shapes count; sources: parameter name → where it lies.
     """
@@ -58,6 +59,7 @@ class Checkpoint:
         family = family_of(self.config)
         self.blocks_path = family.blocks
         self.residuals = family.residuals
+        self.mlp = family.mlp
         quantization = self.config.get("quantization_config")
         if isinstance(quantization, dict) and quantization.get("quant_method") != "llmsqueeze":
             method = quantization.get("quant_method")
@@ -69,6 +71,7 @@ class Checkpoint:
         self._check_depth(len(stored))
         self.model = self.build(None)
         self.sources: dict[str, Source] = self._match(stored)
+        self._check_gates()
 
     def build(self, dtype: torch.dtype | None) -> Any:
         """A causal language model with parameters on the meta device and real buffers.
@@ -188,6 +191,33 @@ class Checkpoint:
     def identity(self) -> list[Path]:
         """config.json and every shard: the files that a result depends on."""
         return [self.path / "config.json", *list_shards(self.path)]
+
+    @property
+    def activation(self) -> ActivationRecord | None:
+        """The gates of sparsified activations, if the checkpoint has any."""
+        return self.manifest.activation if self.manifest else None
+
+    def read_activation(self) -> dict[str, Tensor]:
+        """The side tensors of the gates on the CPU; CheckpointError on values that cannot be."""
+        assert self.activation is not None
+        return read_side_tensors(side_tensors(self.path, self.activation))
+
+    def _check_gates(self) -> None:
+        if self.activation is None:
+            return
+        modules = dict(self.model.named_modules())
+        for name, gate in self.activation.gates.items():
+            if name not in modules:
+                raise CheckpointError(f"{self.path}: gate {name} is no module of this model")
+            for member in (*gate.members, *gate.rows):
+                linear = modules.get(member)
+                width = None
+                if isinstance(linear, nn.Linear):
+                    width = linear.in_features if member in gate.members else linear.out_features
+                if width != gate.width:
+                    raise CheckpointError(
+                        f"{self.path}: gate {name} has {gate.width} thresholds, {member} does not fit"
+                    )
 
     def _check_depth(self, tensors: int) -> None:
         # A damaged config must not make us build a billion empty blocks before it is found out.

@@ -17,17 +17,15 @@ from llmsqueeze.command import (
     EXIT_INTERRUPTED,
     checkpoint_options,
     common,
-    device_option,
     make_console,
     open_checkpoint,
     site_documents,
 )
-from llmsqueeze.errors import RecipeError
+from llmsqueeze.eval_command import evaluate
 from llmsqueeze.prune_command import prune
-from llmsqueeze.recipe import DTYPES
+from llmsqueeze.sparsify_command import sparsify
 
 if TYPE_CHECKING:
-    from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import Console
 
 EXIT_TERMINATED = 143
@@ -55,114 +53,14 @@ def main() -> NoReturn:
 def cli() -> None:
     """Make language models smaller, and measure what it cost.
 
-    prune a checkpoint, eval what it lost, inspect what is inside, convert between forms.
+    prune a checkpoint, sparsify its activations, eval what it lost, inspect what is inside, convert
+    between forms.
     """
 
 
 cli.add_command(prune)
-
-
-@cli.command(
-    "eval",
-    help=f"""Measure the perplexity of CHECKPOINT, and of the dense model beside it.
-
-{CHECKPOINT_HELP}
-
-token_ppl: the text is tokenised once and cut into windows; the exponential of the mean
-cross-entropy over seqlen-1 predictions per window. Not comparable with word perplexity.
-""",
-)
-@click.argument("checkpoint")
-@click.option("--against", metavar="DENSE", help="Also measure this one, with the same settings.")
-@click.option(
-    "--text", type=click.Path(path_type=Path), help="UTF-8 text file.  [default: bundled]"
-)
-@click.option(
-    "--seqlen", type=int, help="Tokens per window.  [default: 2048, or what the model has]"
-)
-@click.option("--windows", type=int, help="Only the first so many windows.  [default: all]")
-@click.option("--bos", is_flag=True, help="Start the text with the beginning-of-text token.")
-@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
-              help="Precision; auto: the checkpoint's on a GPU, float32 on a CPU.")  # fmt: skip
-@device_option
-@checkpoint_options
-@common
-def evaluate(
-    console: Console,
-    checkpoint: str,
-    against: str | None,
-    text: Path | None,
-    seqlen: int | None,
-    windows: int | None,
-    bos: bool,
-    dtype: str,
-    device: str,
-    offline: bool,
-    cache_dir: Path,
-) -> None:
-    if windows is not None and windows < 1:
-        raise RecipeError(f"--windows {windows}: at least one window is needed")
-    if seqlen is not None and seqlen < 2:
-        raise RecipeError(f"--seqlen {seqlen}: a window needs at least two tokens")
-
-    import torch
-
-    from llmsqueeze.console import facts
-    from llmsqueeze.data import Windows, evaluation_windows, load_tokenizer
-    from llmsqueeze.device import choose_device, evaluation_dtype
-    from llmsqueeze.evaluate import Perplexity, perplexity
-    from llmsqueeze.plan import check_vocabulary, window_length
-    from llmsqueeze.runtime import load
-
-    where = choose_device(device)
-    opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
-    other = open_checkpoint(console, against, offline, cache_dir) if against else None
-    if other and other[0].config.get("vocab_size") != opened.config.get("vocab_size"):
-        raise RecipeError(f"{against} and {checkpoint} have different vocabularies")
-    precision = evaluation_dtype(dtype, opened.dtype, where)
-    length = window_length(opened, seqlen)
-
-    def cut(source: Checkpoint) -> Windows:
-        tokenizer = load_tokenizer(source.path)
-        made = evaluation_windows(text, tokenizer, seqlen=length, windows=windows, bos=bos)
-        check_vocabulary(made.tokens, source)
-        return made
-
-    def measure(source: Checkpoint, label: str) -> Perplexity:
-        model = load(source, precision, where)
-        with console.steps() as progress:
-            return perplexity(
-                model, cutting.tokens, lambda d, t: progress(f"{label} window", d, t, "")
-            )
-
-    cutting = cut(opened)
-    if other and not torch.equal(cut(other[0]).tokens, cutting.tokens):
-        raise RecipeError(f"{against} and {checkpoint} tokenise the text differently")
-    mine = measure(opened, "eval")
-    document: dict[str, Any] = {
-        "checkpoint": name,
-        "token_ppl": mine.token_ppl,
-        "seqlen": mine.seqlen,
-        "windows": mine.windows,
-        "tokens": mine.tokens,
-        "bos": bos,
-        "dtype": str(precision).removeprefix("torch."),
-        "device": str(where),
-        "text": cutting.source,
-        "text_sha256": cutting.text_sha256,
-        "seconds": mine.seconds,
-    }
-    rows = {f"token_ppl@{mine.seqlen}": f"{mine.token_ppl:.3f}"}
-    if other:
-        dense = measure(other[0], "dense")
-        ratio = mine.token_ppl / dense.token_ppl
-        document |= {"against": other[1], "dense_token_ppl": dense.token_ppl, "ratio": ratio}
-        rows |= {"dense": f"{dense.token_ppl:.3f}", "ratio": f"{ratio:.3f}"}
-    rows |= {
-        "text": f"{cutting.source}, {mine.windows} windows, {mine.tokens} predictions",
-        "dtype": document["dtype"],
-    }
-    console.result(document, facts(name, rows))
+cli.add_command(sparsify)
+cli.add_command(evaluate)
 
 
 @cli.command(
@@ -211,10 +109,7 @@ def inspect(
         document |= {"sites": site_documents(manifest), "steps": manifest.steps}
         rows["size"] = f"{size(manifest.bytes_before)} → {size(manifest.bytes_after)}"
         for step in manifest.steps:
-            rows[step["command"]] = (
-                f"{step['recipe']['method']} {step['recipe']['target']['pattern']}, "
-                f"{step['sparsity']:.2%} of {step['source']['name']}"
-            )
+            rows[step["command"]] = _step(step)
         for site, record in manifest.sites.items():
             table.add_row(
                 site,
@@ -275,6 +170,17 @@ def convert(
         "size": f"{size(manifest.bytes_before)} → {size(manifest.bytes_after)}",
     }
     console.result(document, facts(str(out), rows))
+
+
+def _step(step: dict[str, Any]) -> str:
+    """One line on how a checkpoint was made."""
+    recipe, source = step["recipe"], step["source"]["name"]
+    if step["command"] == "prune":
+        return (
+            f"{recipe['method']} {recipe['target']['pattern']}, {step['sparsity']:.2%} of {source}"
+        )
+    method = recipe["method"] or "other thresholds,"
+    return f"{method} {recipe['sparsity']:.0%} of the inputs, prompt {recipe['prefill']}, {source}"
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from llmsqueeze.errors import LlmsqueezeError
+from llmsqueeze.recipe import DTYPES
 
 if TYPE_CHECKING:
     from llmsqueeze.checkpoint import Checkpoint
@@ -91,6 +92,35 @@ def checkpoint_options(body: Callable[..., None]) -> Callable[..., None]:
     ):  # fmt: skip
         body = option(body)
     return body
+
+
+def calibration_options(
+    samples: int, seqlen: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Options of commands that calibrate; samples, seqlen: the defaults to state."""
+    options = (
+        click.option("--calib", metavar="TEXT",
+                     help="Calibration text: FILE.txt, FILE.jsonl, or a hub dataset "
+                     "NAME[:CONFIG[:SPLIT]].  [default: bundled texts]"),
+        click.option("--samples", type=int, help=f"Calibration windows.  [default: {samples}]"),
+        click.option("--seqlen", type=int, help=f"Tokens per window.  [default: {seqlen}]"),
+        click.option("--seed", type=int, envvar="LLMSQUEEZE_SEED",
+                     help="Shuffles bundled texts and document collections; a .txt is never shuffled."
+                     "  [default: 0]"),
+        click.option("--bos", is_flag=True, default=None,
+                     help="Start the text with the beginning-of-text token."),
+        click.option("--dtype", type=click.Choice(DTYPES),
+                     help="Precision of calibration; auto: the checkpoint's where the device computes "
+                     "in it natively, else float32.  [default: auto]"),
+        click.option("--batch-size", type=int, help="Samples per forward pass.  [default: auto]"),
+    )  # fmt: skip
+
+    def add(body: Callable[..., None]) -> Callable[..., None]:
+        for option in reversed(options):
+            body = option(body)
+        return body
+
+    return add
 
 
 def device_option(body: Callable[..., None]) -> Callable[..., None]:

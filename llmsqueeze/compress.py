@@ -105,8 +105,8 @@ def prune(
                 for name, count in trained.dense_tiles.items()
             }
         needs = recipe.needs | {"probe"} if recipe.needs else recipe.needs
-        total = _Share()
-        stored: Future[_Share] | None = None
+        total = Share()
+        stored: Future[Share] | None = None
         for block in walk(
             checkpoint,
             tokens,
@@ -129,7 +129,7 @@ def prune(
             if stored:
                 total += stored.result()  # one block waits at most; a full disk shows here
             tensors = {name: tensor.cpu() for name, tensor in block.tensors.items()}
-            stored = storing.submit(_store, writer, checkpoint, tensors, reports)
+            stored = storing.submit(store_block, writer, checkpoint, tensors, reports)
             seconds = time.monotonic() - block_started
             on_block(BlockDone(block.index, checkpoint.block_count, seconds))
         if stored:
@@ -142,7 +142,7 @@ def prune(
             "source": {"name": source_name, "sha256": sha256},
             "calibration": calibration,
             "compute_dtype": str(dtype).removeprefix("torch."),
-            "versions": _versions(),
+            "versions": versions(),
             "sparsity": sparsity,
             "peak_rss_bytes": peak_rss_bytes(),
             "peak_device_bytes": peak_device_bytes(device),
@@ -213,7 +213,7 @@ def convert(
             started = time.monotonic()
             names = [site.name for site in block.sites if known is None or site.name in known]
             reports = {n: known[n].report if known else {} for n in names}
-            _store(writer, checkpoint, block.tensors, reports)
+            store_block(writer, checkpoint, block.tensors, reports)
             seconds = time.monotonic() - started
             on_block(BlockDone(block.index, checkpoint.block_count, seconds))
         steps = checkpoint.manifest.steps if checkpoint.manifest else []
@@ -222,33 +222,33 @@ def convert(
 
 
 @dataclass(frozen=True)
-class _Share:
+class Share:
     """Zeros among weights; adds up."""
 
     zeros: int = 0
     weights: int = 0
 
-    def __add__(self, other: _Share) -> _Share:
-        return _Share(self.zeros + other.zeros, self.weights + other.weights)
+    def __add__(self, other: Share) -> Share:
+        return Share(self.zeros + other.zeros, self.weights + other.weights)
 
     @property
     def sparsity(self) -> float:
         return self.zeros / self.weights if self.weights else 0.0
 
 
-def _store(
+def store_block(
     writer: ArtifactWriter,
     checkpoint: Checkpoint,
     tensors: dict[str, Tensor],
     reports: dict[str, dict[str, float]],
-) -> _Share:
+) -> Share:
     """Write the tensors of a block, the sites named in `reports` in their compressed encoding."""
-    share = _Share()
+    share = Share()
     for name, tensor in tensors.items():
         site = name.removesuffix(".weight")
         if name.endswith(".weight") and site in reports:
             record = writer.add_site(site, tensor, reports[site])
-            share += _Share(tensor.numel() - record.nonzeros, tensor.numel())
+            share += Share(tensor.numel() - record.nonzeros, tensor.numel())
         else:
             writer.add(checkpoint.stored_name(name), tensor)
     return share
@@ -271,7 +271,8 @@ def peak_device_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of everything that a result depends on."""
     return {
         "llmsqueeze": __version__,
         "torch": torch.__version__,

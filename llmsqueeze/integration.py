@@ -62,9 +62,10 @@ class _Decode(ConversionOps):
 
 @register_quantizer("llmsqueeze")
 class LlmsqueezeQuantizer(HfQuantizer):
-    """Decodes sites while transformers loads them."""
+    """Decodes sites while transformers loads them, and puts gates into the finished model."""
 
     requires_calibration = True
+    _checkpoint: Any = None  # between the two ends of loading
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -74,12 +75,20 @@ class LlmsqueezeQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError("a llmsqueeze checkpoint loads from its directory only")
         # Opening checks manifest, headers, names and shapes, and raises on the first mismatch.
-        Checkpoint(Path(checkpoint_files[0]).parent)
+        self._checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # transformers would undo on save what it applied on load; a dense model has nothing to undo.
         # From 5.24 on it forgets the conversions of a dequantised model by itself.
+        checkpoint, self._checkpoint = self._checkpoint, None
+        if checkpoint is not None and checkpoint.activation is not None:
+            from llmsqueeze.runtime import gates
+
+            parts = gates.parts_of(checkpoint.activation, checkpoint.read_activation())
+            policy = gates.Policy.parse(checkpoint.activation.prefill)
+            blocks = model.get_submodule(checkpoint.blocks_path)
+            gates.install(model, parts, policy, blocks.children())
         conversions = getattr(model, "_weight_conversions", None) or ()
         model._weight_conversions = [c for c in conversions if not _is_ours(c)] or None
         return model

@@ -11,11 +11,11 @@ from torch import Tensor
 from llmsqueeze.blocks import batch_samples
 from llmsqueeze.calibrate import walk
 from llmsqueeze.checkpoint import Checkpoint
-from llmsqueeze.data import calibration_windows, load_tokenizer
+from llmsqueeze.data import Windows, calibration_windows, load_tokenizer
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.methods import allocation_method
 from llmsqueeze.methods.base import Target
-from llmsqueeze.recipe import PruneRecipe, allocation_needs, is_ignored
+from llmsqueeze.recipe import Calibration, PruneRecipe, allocation_needs, is_ignored
 
 DEFAULT_SEQLEN = 2048
 
@@ -114,7 +114,13 @@ def calibration(
     """The recipe with its window length resolved, the tokens, and their description."""
     if not recipe.needs and not allocation_needs(recipe):
         return recipe, None, None
-    asked = recipe.calibration
+    resolved, windows = calibration_tokens(checkpoint, recipe.calibration)
+    recipe = dataclasses.replace(recipe, calibration=resolved)
+    return recipe, windows.tokens, windows.describe()
+
+
+def calibration_tokens(checkpoint: Checkpoint, asked: Calibration) -> tuple[Calibration, Windows]:
+    """What was asked for with its window length resolved, and the windows."""
     seqlen = window_length(checkpoint, asked.seqlen)
     windows = calibration_windows(
         asked.text,
@@ -125,8 +131,7 @@ def calibration(
         bos=asked.bos,
     )
     check_vocabulary(windows.tokens, checkpoint)
-    resolved = dataclasses.replace(recipe, calibration=dataclasses.replace(asked, seqlen=seqlen))
-    return resolved, windows.tokens, windows.describe()
+    return dataclasses.replace(asked, seqlen=seqlen), windows
 
 
 def window_length(checkpoint: Checkpoint, asked: int | None) -> int:

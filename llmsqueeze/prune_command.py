@@ -12,6 +12,7 @@ import click
 
 from llmsqueeze.command import (
     CHECKPOINT_HELP,
+    calibration_options,
     checkpoint_options,
     common,
     device_option,
@@ -21,7 +22,6 @@ from llmsqueeze.command import (
 from llmsqueeze.methods import ALLOCATIONS, REFITS, TILE_MODES, WEIGHT_METHODS, Entry
 from llmsqueeze.methods.base import DEFAULT_BUDGET
 from llmsqueeze.recipe import (
-    DTYPES,
     ORDERS,
     Calibration,
     PruneRecipe,
@@ -146,22 +146,7 @@ Embeddings and lm_head are never pruned. The model is read and written one block
               help="Linear to leave dense: full name, last part (down_proj), or re:REGEX. "
               "Repeatable.")  # fmt: skip
 @method_options
-@click.option("--calib", metavar="TEXT",
-              help="Calibration text: FILE.txt, FILE.jsonl, or a hub dataset NAME[:CONFIG[:SPLIT]]. "
-              "[default: bundled texts]")  # fmt: skip
-@click.option("--samples", type=int, help="Calibration windows." + _default(Calibration, "samples"))
-@click.option(
-    "--seqlen", type=int, help="Tokens per window.  [default: 2048, or what the model has]"
-)
-@click.option("--seed", type=int, envvar="LLMSQUEEZE_SEED",
-              help="Shuffles bundled texts and document collections; a .txt is never shuffled."
-              + _default(Calibration, "seed"))  # fmt: skip
-@click.option("--bos", is_flag=True, default=None,
-              help="Start the text with the beginning-of-text token.")  # fmt: skip
-@click.option("--dtype", type=click.Choice(DTYPES),
-              help="Precision of calibration; auto: the checkpoint's where the device computes in it "
-              "natively, else float32." + _default(PruneRecipe, "dtype"))  # fmt: skip
-@click.option("--batch-size", type=int, help="Samples per forward pass.  [default: auto]")
+@calibration_options(Calibration().samples, "2048, or what the model has")
 @click.option("--order", type=click.Choice(ORDERS),
               help="group: measure q/k/v, compress, measure o, …: one pass. "
               "block: measure the whole uncompressed block: two passes, less memory."

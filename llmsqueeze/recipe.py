@@ -95,12 +95,7 @@ class PruneRecipe:
                 )
         if not 0 <= self.dense_share <= 1:
             raise RecipeError(f"--dense-share {self.dense_share} is outside [0, 1]")
-        for pattern in self.ignore:
-            if pattern.startswith("re:"):
-                try:
-                    re.compile(pattern[3:])
-                except re.error as error:
-                    raise RecipeError(f"--ignore {pattern}: not a regular expression") from error
+        check_ignore(self.ignore)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -130,10 +125,10 @@ class PruneRecipe:
     def from_dict(cls, raw: dict[str, Any]) -> PruneRecipe:
         """A recipe from plain types, what is left out at its default; RecipeError on unknown keys."""
         raw = dict(raw)
-        target = _section(raw, "target", ("sparsity", "pattern", "tile", "channel_budget"))
+        target = take_section(raw, "target", ("sparsity", "pattern", "tile", "channel_budget"))
         if "channel_budget" in target:
             target["budget"] = target.pop("channel_budget")
-        calibration = _section(raw, "calibration", [f.name for f in fields(Calibration)])
+        calibration = take_section(raw, "calibration", [f.name for f in fields(Calibration)])
         # A method that was asked for by name runs as published; the default is the best we know.
         named = raw.pop("method", None)
         tiles = raw.pop("tiles", None) or "score"
@@ -155,15 +150,15 @@ class PruneRecipe:
             return cls(
                 method=method,
                 target=Target.parse(**target),
-                config=_config(weight_method(method), method, raw.pop("config", None)),
+                config=make_config(weight_method(method), method, raw.pop("config", None)),
                 refit=refit,
-                refit_config=_config(refit_method(refit), refit, raw.pop("refit_config", None)),
+                refit_config=make_config(refit_method(refit), refit, raw.pop("refit_config", None)),
                 allocation=allocation,
-                allocation_config=_config(
+                allocation_config=make_config(
                     allocation_method(allocation), allocation, raw.pop("allocation_config", None)
                 ),
                 tiles=tiles,
-                tiles_config=_config(load_entry(TILE_MODES, tiles), tiles, training),
+                tiles_config=make_config(load_entry(TILE_MODES, tiles), tiles, training),
                 calibration=Calibration(**calibration),
                 ignore=tuple(raw.pop("ignore", None) or ()),
                 **raw,
@@ -228,7 +223,8 @@ def config_fields(table: dict[str, Entry], name: str) -> dict[str, Any]:
     return {f.name: f for f in fields(module.Config)} if module else {}
 
 
-def _section(raw: dict[str, Any], name: str, known: Iterable[str]) -> dict[str, Any]:
+def take_section(raw: dict[str, Any], name: str, known: Iterable[str]) -> dict[str, Any]:
+    """A mapping within a recipe, removed from `raw`; RecipeError on unknown keys."""
     section = raw.pop(name, None) or {}
     if not isinstance(section, dict):
         raise RecipeError(f"recipe: {name} is not a mapping")
@@ -238,7 +234,8 @@ def _section(raw: dict[str, Any], name: str, known: Iterable[str]) -> dict[str, 
     return dict(section)
 
 
-def _config(module: Any, name: str, given: dict[str, Any] | None) -> Any:
+def make_config(module: Any, name: str, given: dict[str, Any] | None) -> Any:
+    """The Config of a method from a mapping; RecipeError on settings that it does not have."""
     given = given or {}
     if not isinstance(given, dict):
         raise RecipeError(f"recipe: the settings of {name} are not a mapping")
@@ -247,6 +244,16 @@ def _config(module: Any, name: str, given: dict[str, Any] | None) -> Any:
         if key not in known:
             raise RecipeError(f"recipe: {name} has no setting {key!r}")
     return module.Config(**given) if module else None
+
+
+def check_ignore(patterns: tuple[str, ...]) -> None:
+    """RecipeError on a pattern that is no regular expression."""
+    for pattern in patterns:
+        if pattern.startswith("re:"):
+            try:
+                re.compile(pattern[3:])
+            except re.error as error:
+                raise RecipeError(f"--ignore {pattern}: not a regular expression") from error
 
 
 def is_ignored(name: str, patterns: tuple[str, ...]) -> list[str]:

@@ -20,6 +20,9 @@ from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError, ResourceError
 
+# Tensors beside the weights, which are no shard of the model.
+SIDE_NAME = "llmsqueeze.safetensors"
+
 # Shards close at this size: it bounds the memory that finished but unwritten tensors take.
 SHARD_BYTES = 512 * 2**20
 
@@ -62,7 +65,7 @@ def list_shards(directory: Path) -> list[Path]:
         raise CheckpointError(f"{directory}: several weight indexes ({names}); keep one")
     if indexes:
         return [directory / name for name in sorted(set(_weight_map(indexes[0]).values()))]
-    files = sorted(directory.glob("*.safetensors"))
+    files = sorted(file for file in directory.glob("*.safetensors") if file.name != SIDE_NAME)
     if not files:
         if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
             raise CheckpointError(
@@ -82,7 +85,7 @@ def read_headers(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of the checkpoint by name, after checking shards against each other and the index."""
     tensors: dict[str, StoredTensor] = {}
     for file in list_shards(directory):
-        for tensor in _read_header(file):
+        for tensor in read_header(file):
             if tensor.name in tensors:
                 other = tensors[tensor.name].file.name
                 raise CheckpointError(f"{tensor.name} is in both {other} and {file.name}")
@@ -219,7 +222,7 @@ def _readable(file: Path):  # type: ignore[no-untyped-def]
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-def _read_header(file: Path) -> Iterator[StoredTensor]:
+def read_header(file: Path) -> Iterator[StoredTensor]:
     with _open(file) as handle:
         for name in handle.keys():  # noqa: SIM118  a safe_open is no mapping
             part = handle.get_slice(name)

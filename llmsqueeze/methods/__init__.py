@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.methods.base import AllocationMethod, RefitMethod, WeightMethod
+from llmsqueeze.methods.gating import ActivationMethod
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,17 @@ TILE_MODES: dict[str, Entry] = {
     ),
 }
 
+ACTIVATION_METHODS: dict[str, Entry] = {
+    "teal": Entry("llmsqueeze.methods.teal", "smallest |x| of every linear's input"),
+    "wina": Entry("llmsqueeze.methods.wina", "smallest |x|·‖W‖ by column"),
+    "chess": Entry(
+        "llmsqueeze.methods.chess", "by channel after the MLP's activation; inputs of q and o"
+    ),
+    "rsparse": Entry(
+        "llmsqueeze.methods.rsparse", "as wina, what is dropped goes through low-rank weights"
+    ),
+}
+
 # What `prune` does when no method is named: the best of these tables in README, for every pattern.
 DEFAULT_METHOD = "admm"
 DEFAULT_REFIT = "pcg"
@@ -74,6 +86,11 @@ def refit_method(name: str) -> RefitMethod | None:
 def allocation_method(name: str) -> AllocationMethod | None:
     """The module of one allocation; None for "uniform"."""
     return cast("AllocationMethod | None", load_entry(ALLOCATIONS, name))
+
+
+def activation_method(name: str) -> ActivationMethod:
+    """The module of one activation sparsity method."""
+    return cast(ActivationMethod, load_entry(ACTIVATION_METHODS, name))
 
 
 def load_entry(table: dict[str, Entry], name: str) -> Any:

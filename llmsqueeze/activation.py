@@ -1,0 +1,149 @@
+"""Activation sparsity as it lies in a checkpoint: a record in the manifest, tensors in a file beside.
+
+llmsqueeze.safetensors holds for every gate G
+G.scale   [in] fp32, what magnitudes are multiplied by before they are compared; 0 shuts a channel
+G.curve   [CURVE_POINTS] fp32, the threshold of every share of dropped inputs, so that the sparsity can
+          be changed without calibrating again
+G.down    [rank, in], and for every member M of G, M.up [out, rank]: the low-rank branch, if any.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmsqueeze.errors import CheckpointError
+from llmsqueeze.numerics.histogram import CURVE_POINTS
+from llmsqueeze.shards import (
+    SIDE_NAME,
+    ShardRecord,
+    StoredTensor,
+    hash_file,
+    hash_header,
+    load,
+    read_header,
+)
+
+KINDS = ("input", "output")
+
+
+@dataclass(frozen=True)
+class GateRecord:
+    """One gate. kind, members, rows: see methods.gating.GateSpec, names in full; width: its inputs.
+
+    sparsity: share of inputs meant to be dropped; threshold: of |x|·scale. zeros: share of inputs
+    that were exact zeros on the calibration tokens. ratio: R-Sparse's α; rank: of the branch, 0 for none.
+    """
+
+    kind: str
+    members: tuple[str, ...]
+    rows: tuple[str, ...]
+    width: int
+    sparsity: float
+    threshold: float
+    zeros: float
+    ratio: float = 1.0
+    rank: int = 0
+
+
+@dataclass(frozen=True)
+class ActivationRecord:
+    """method; prefill: which prompt tokens are gated, as runtime.gates.Policy writes it; gates by the
+    full name of where they stand; file: of the side tensors."""
+
+    method: str
+    prefill: str
+    gates: dict[str, GateRecord]
+    file: ShardRecord
+
+    @classmethod
+    def from_raw(cls, raw: dict[str, Any]) -> ActivationRecord:
+        """Strict inverse of asdict; ValueError, TypeError or KeyError on anything else."""
+        raw = dict(raw)
+        gates = {name: _gate(name, gate) for name, gate in raw.pop("gates").items()}
+        file = ShardRecord(**raw.pop("file"))
+        if set(raw) != {"method", "prefill"} or not all(isinstance(v, str) for v in raw.values()):
+            raise ValueError("activation")
+        return cls(gates=gates, file=file, **raw)
+
+
+def _gate(name: str, raw: dict[str, Any]) -> GateRecord:
+    known = {f.name for f in fields(GateRecord)}
+    if set(raw) != known:
+        raise ValueError(f"gate {name}")
+    gate = GateRecord(**{**raw, "members": tuple(raw["members"]), "rows": tuple(raw["rows"])})
+    numbers = (gate.sparsity, gate.threshold, gate.zeros, gate.ratio)
+    fine = (
+        gate.kind in KINDS
+        and all(isinstance(n, int | float) and math.isfinite(n) and n >= 0 for n in numbers)
+        and gate.sparsity < 1
+        and isinstance(gate.width, int)
+        and isinstance(gate.rank, int)
+        and gate.width > 0
+        and gate.rank >= 0
+        and bool(gate.members)
+        and all(isinstance(member, str) for member in (*gate.members, *gate.rows))
+    )
+    if not fine:
+        raise ValueError(f"gate {name}")
+    return gate
+
+
+def write_side_file(directory: Path, tensors: dict[str, Tensor]) -> ShardRecord:
+    """Write the side tensors into a checkpoint that is being made."""
+    path = directory / SIDE_NAME
+    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
+    return ShardRecord(path.stat().st_size, hash_file(path), hash_header(path))
+
+
+def side_tensors(directory: Path, record: ActivationRecord) -> dict[str, StoredTensor]:
+    """Headers of the side file, checked against the record. CheckpointError on any mismatch."""
+    path = directory / SIDE_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; it holds the activation thresholds")
+    if hash_header(path) != record.file.header_sha256:
+        raise CheckpointError(f"{path}: header differs from the manifest; the file is damaged")
+    stored = {tensor.name: tensor for tensor in read_header(path)}
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, gate in record.gates.items():
+        expected[f"{name}.scale"] = (gate.width,)
+        expected[f"{name}.curve"] = (CURVE_POINTS,)
+        if gate.rank:
+            expected[f"{name}.down"] = (gate.rank, gate.width)
+            expected |= {f"{member}.up": (-1, gate.rank) for member in gate.members}
+    for name in sorted(set(expected) ^ set(stored)):
+        raise CheckpointError(f"{path}: {name} does not fit the manifest")
+    for name, shape in expected.items():
+        found = stored[name].shape
+        if len(found) != len(shape) or any(
+            w not in (-1, f) for w, f in zip(shape, found, strict=True)
+        ):
+            raise CheckpointError(f"{path}: {name} has shape {found}, the manifest needs {shape}")
+    return stored
+
+
+def read_side_tensors(stored: dict[str, StoredTensor]) -> dict[str, Tensor]:
+    """The side tensors; CheckpointError on values that cannot be."""
+    tensors = load(stored.values())
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise CheckpointError(f"{name} holds NaN or Inf; the thresholds are damaged")
+        if name.endswith((".scale", ".curve")) and bool((tensor < 0).any()):
+            raise CheckpointError(f"{name} holds negative values; the thresholds are damaged")
+    return tensors
+
+
+def thresholds(threshold: float, scale: Tensor) -> Tensor:
+    """[in] fp32: τ_j = threshold / scale_j, inf where the scale is 0."""
+    return torch.where(scale > 0, threshold / scale, torch.inf).float()
+
+
+def to_raw(record: ActivationRecord) -> dict[str, Any]:
+    """Plain JSON types."""
+    return asdict(record)

@@ -1,0 +1,208 @@
+"""`llmsqueeze eval`: perplexity of a checkpoint, and of the dense model beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmsqueeze.command import (
+    CHECKPOINT_HELP,
+    checkpoint_options,
+    common,
+    device_option,
+    open_checkpoint,
+)
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.recipe import DTYPES
+
+if TYPE_CHECKING:
+    from llmsqueeze.checkpoint import Checkpoint
+    from llmsqueeze.console import Console
+    from llmsqueeze.runtime.gates import Gating, Policy
+
+# Tokens that a window starts with ungated, unless --gate says otherwise.
+DEFAULT_PREFIX = 4
+# Gaps between the share of inputs that gates drop and the one they were calibrated for, worth a warning.
+MEAN_DRIFT, SITE_DRIFT = 0.01, 0.03
+
+
+@click.command(
+    "eval",
+    help=f"""Measure the perplexity of CHECKPOINT, and of the dense model beside it.
+
+{CHECKPOINT_HELP}
+
+token_ppl: the text is tokenised once and cut into windows; the exponential of the mean
+cross-entropy over seqlen-1 predictions per window. Not comparable with word perplexity.
+
+A checkpoint with activation thresholds is measured as it decodes: every token but the first few goes
+through the gates (--gate), whatever it does with prompts. What the gates dropped is measured beside.
+""",
+)
+@click.argument("checkpoint")
+@click.option("--against", metavar="DENSE", help="Also measure this one, with the same settings.")
+@click.option(
+    "--text", type=click.Path(path_type=Path), help="UTF-8 text file.  [default: bundled]"
+)
+@click.option(
+    "--seqlen", type=int, help="Tokens per window.  [default: 2048, or what the model has]"
+)
+@click.option("--windows", type=int, help="Only the first so many windows.  [default: all]")
+@click.option("--bos", is_flag=True, help="Start the text with the beginning-of-text token.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
+              help="Precision; auto: the checkpoint's on a GPU, float32 on a CPU.")  # fmt: skip
+@click.option("--gate", metavar="POLICY", default=f"after:{DEFAULT_PREFIX}", show_default=True,
+              help="Tokens of a window that are gated: after:TOKENS, tail:SHARE, all or dense. TEAL is "
+              "published with tail:0.5, R-Sparse tail:0.9, WINA tail:0.99, CHESS all.")  # fmt: skip
+@device_option
+@checkpoint_options
+@common
+def evaluate(
+    console: Console,
+    checkpoint: str,
+    against: str | None,
+    text: Path | None,
+    seqlen: int | None,
+    windows: int | None,
+    bos: bool,
+    dtype: str,
+    gate: str,
+    device: str,
+    offline: bool,
+    cache_dir: Path,
+) -> None:
+    if windows is not None and windows < 1:
+        raise RecipeError(f"--windows {windows}: at least one window is needed")
+    if seqlen is not None and seqlen < 2:
+        raise RecipeError(f"--seqlen {seqlen}: a window needs at least two tokens")
+
+    import torch
+
+    from llmsqueeze.console import facts
+    from llmsqueeze.data import Windows, evaluation_windows, load_tokenizer
+    from llmsqueeze.device import choose_device, evaluation_dtype
+    from llmsqueeze.evaluate import Perplexity, perplexity
+    from llmsqueeze.plan import check_vocabulary, window_length
+    from llmsqueeze.runtime import load
+    from llmsqueeze.runtime.gates import Policy, gating_of
+
+    policy = Policy.parse(gate)
+    where = choose_device(device)
+    opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
+    other = open_checkpoint(console, against, offline, cache_dir) if against else None
+    if other and other[0].config.get("vocab_size") != opened.config.get("vocab_size"):
+        raise RecipeError(f"{against} and {checkpoint} have different vocabularies")
+    precision = evaluation_dtype(dtype, opened.dtype, where)
+    length = window_length(opened, seqlen)
+
+    def cut(source: Checkpoint) -> Windows:
+        tokenizer = load_tokenizer(source.path)
+        made = evaluation_windows(text, tokenizer, seqlen=length, windows=windows, bos=bos)
+        check_vocabulary(made.tokens, source)
+        return made
+
+    def measure(source: Checkpoint, label: str) -> tuple[Perplexity, Gating | None]:
+        model = load(source, precision, where)
+        gating = gating_of(model)
+        if gating:
+            gating.policy = policy
+            gating.count()
+        with console.steps() as progress:
+            found = perplexity(
+                model, cutting.tokens, lambda d, t: progress(f"{label} window", d, t, "")
+            )
+        return found, gating
+
+    cutting = cut(opened)
+    if other and not torch.equal(cut(other[0]).tokens, cutting.tokens):
+        raise RecipeError(f"{against} and {checkpoint} tokenise the text differently")
+    mine, gating = measure(opened, "eval")
+    document: dict[str, Any] = {
+        "checkpoint": name,
+        "token_ppl": mine.token_ppl,
+        "seqlen": mine.seqlen,
+        "windows": mine.windows,
+        "tokens": mine.tokens,
+        "bos": bos,
+        "dtype": str(precision).removeprefix("torch."),
+        "device": str(where),
+        "text": cutting.source,
+        "text_sha256": cutting.text_sha256,
+        "seconds": mine.seconds,
+    }
+    rows = {f"token_ppl@{mine.seqlen}": f"{mine.token_ppl:.3f}"}
+    if other:
+        dense, _ = measure(other[0], "dense")
+        ratio = mine.token_ppl / dense.token_ppl
+        document |= {"against": other[1], "dense_token_ppl": dense.token_ppl, "ratio": ratio}
+        rows |= {"dense": f"{dense.token_ppl:.3f}", "ratio": f"{ratio:.3f}"}
+    rows |= {
+        "text": f"{cutting.source}, {mine.windows} windows, {mine.tokens} predictions",
+        "dtype": document["dtype"],
+    }
+    if gating:
+        document["activation"] = measured = _activation(opened, gating, policy)
+        rows |= _activation_rows(measured)
+        for message in drifts(measured):
+            console.note(message)
+    console.result(document, facts(name, rows))
+
+
+def _activation(checkpoint: Checkpoint, gating: Gating, policy: Policy) -> dict[str, Any]:
+    """What the gates did during the measurement."""
+    from llmsqueeze.traffic import bytes_per_token
+
+    record = checkpoint.activation
+    assert record is not None
+    dropped = gating.sparsity()
+    return {
+        "method": record.method,
+        "gated": str(policy),
+        "prefill": record.prefill,
+        "sparsity": sum(dropped.values()) / len(dropped) if dropped else None,
+        "bytes_per_token": bytes_per_token(checkpoint, dropped=dropped) if dropped else None,
+        "gates": {
+            name: {"target": gate.sparsity, "measured": dropped.get(name)}
+            for name, gate in record.gates.items()
+        },
+    }
+
+
+def _activation_rows(measured: dict[str, Any]) -> dict[str, str]:
+    from llmsqueeze.console import size
+
+    rows = {
+        "gated tokens": f"{measured['gated']} (when it runs, of a prompt: {measured['prefill']})"
+    }
+    if measured["sparsity"] is not None:
+        rows["inputs dropped"] = f"{measured['sparsity']:.1%} on average"
+        rows["read per token"] = size(measured["bytes_per_token"])
+    return rows
+
+
+def drifts(measured: dict[str, Any]) -> list[str]:
+    """Warnings where gates drop another share of this text than they were calibrated for."""
+    gaps = {
+        name: gate["measured"] - gate["target"]
+        for name, gate in measured["gates"].items()
+        if gate["measured"] is not None
+    }
+    if not gaps:
+        return []
+    mean = sum(gaps.values()) / len(gaps)
+    far = {name: gap for name, gap in gaps.items() if abs(gap) > SITE_DRIFT}
+    messages = []
+    if abs(mean) > MEAN_DRIFT:
+        messages.append(
+            f"warning: on this text the gates drop {mean:+.1%} against their calibration on average; "
+            "calibrate on text like it (sparsify --calib)"
+        )
+    if far:
+        worst = max(far, key=lambda name: abs(far[name]))
+        messages.append(
+            f"warning: {len(far)} of {len(gaps)} gates are off by more than {SITE_DRIFT:.0%}, most "
+            f"{worst}: {far[worst]:+.1%}"
+        )
+    return messages

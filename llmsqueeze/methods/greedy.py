@@ -1,0 +1,55 @@
+"""Greedy allocation of activation sparsity within a block, after TEAL (arXiv 2408.14690, algorithm 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+# No gate drops more than this.
+MOST = 0.95
+
+
+@dataclass(frozen=True)
+class GreedyStep:
+    """The allocation after one step: share of the bytes saved, error, share dropped by every gate."""
+
+    saved: float
+    error: float
+    sparsity: dict[str, float]
+
+
+def allocate(
+    error: Callable[[Mapping[str, float]], float],
+    weight: Mapping[str, float],
+    target: float,
+    step: float,
+) -> list[GreedyStep]:
+    """Raise one gate at a time, always the one that costs least, until `target` is saved.
+
+    error: of the block's output when the gates drop these shares. weight: gate → bytes that it decides
+    about. target: the mean of the shares, weighted so, in [0, MOST]. step: share of all bytes that one
+    step saves;
+    the last step is shortened to end at the target.
+    """
+    total = sum(weight.values())
+    shares = dict.fromkeys(weight, 0.0)
+    path: list[GreedyStep] = []
+    saved = 0.0
+    while saved < target - 1e-9:
+        amount = min(step, target - saved) * total
+        trials = {}
+        for name, bytes_ in weight.items():
+            raised = shares[name] + amount / bytes_
+            if raised <= MOST + 1e-9:
+                trials[name] = {**shares, name: min(raised, MOST)}
+        if not trials:
+            # What is left fits no gate whole: fill the roomiest, at least one has room.
+            name = max(shares, key=lambda n: (MOST - shares[n]) * weight[n])
+            trials[name] = {**shares, name: MOST}
+        best, least = min(
+            ((name, error(trial)) for name, trial in trials.items()), key=lambda pair: pair[1]
+        )
+        shares = trials[best]
+        saved = sum(shares[name] * weight[name] for name in weight) / total
+        path.append(GreedyStep(saved, least, dict(shares)))
+    return path

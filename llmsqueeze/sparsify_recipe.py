@@ -1,0 +1,94 @@
+"""What `sparsify` was asked to do, as plain data: built once, stored in the manifest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.methods import activation_method
+from llmsqueeze.methods.greedy import MOST
+from llmsqueeze.recipe import DTYPES, Calibration, check_ignore, make_config, take_section
+
+ALLOCATIONS = ("uniform", "greedy")
+DEFAULT_ACTIVATION_METHOD = "wina"
+# A quantile of so many magnitudes moves by less than from one text to another.
+DEFAULT_SAMPLES, DEFAULT_SEQLEN = 32, 512
+
+
+@dataclass(frozen=True)
+class SparsifyRecipe:
+    """method: of ACTIVATION_METHODS, with its Config. sparsity: share of inputs dropped at every gate, or
+    with allocation "greedy" of the bytes behind a block's gates.
+
+    prefill: which prompt tokens are gated when the checkpoint runs; see runtime.gates.Policy.
+    prefix: tokens of every calibration window that are neither counted nor gated.
+    greedy_step: see methods.greedy.allocate. sequential: gates are calibrated on what comes through
+    the gates before them, as when the checkpoint runs, instead of on the dense model's activations. ignore, dtype, batch: as PruneRecipe's.
+    """
+
+    method: str
+    config: Any
+    sparsity: float = 0.5
+    allocation: str = "uniform"
+    greedy_step: float = 0.05
+    prefill: str = "dense"
+    prefix: int = 4
+    sequential: bool = True
+    ignore: tuple[str, ...] = ()
+    calibration: Calibration = field(default_factory=lambda: Calibration(samples=DEFAULT_SAMPLES))
+    dtype: str = "auto"
+    batch: int = 0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.sparsity) and 0 <= self.sparsity <= MOST):
+            raise RecipeError(
+                f"sparsity {self.sparsity} is outside [0, {MOST}]: it is the share of inputs to drop, "
+                "for example 0.5"
+            )
+        if self.allocation not in ALLOCATIONS:
+            raise RecipeError(
+                f"allocation {self.allocation!r}; choose from {', '.join(ALLOCATIONS)}"
+            )
+        if self.allocation == "greedy" and self.method == "rsparse":
+            raise RecipeError("rsparse divides its budget itself; leave --allocation out")
+        if not 0.001 <= self.greedy_step <= 1:
+            raise RecipeError(f"--greedy-step {self.greedy_step} is outside [0.001, 1]")
+        if self.prefix < 0:
+            raise RecipeError(f"--prefix {self.prefix} must not be negative")
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"dtype {self.dtype!r}; choose from {', '.join(DTYPES)}")
+        if self.batch < 0:
+            raise RecipeError(f"--batch-size {self.batch}: give a positive number of samples")
+        check_ignore(self.ignore)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; what the manifest keeps and from_dict reads."""
+        return {**asdict(self), "ignore": list(self.ignore)}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> SparsifyRecipe:
+        """A recipe from plain types, what is left out at its default; RecipeError on unknown keys."""
+        raw = dict(raw)
+        calibration = take_section(raw, "calibration", _names(Calibration))
+        method = raw.pop("method", None) or DEFAULT_ACTIVATION_METHOD
+        config = make_config(activation_method(method), method, raw.pop("config", None))
+        for key in raw:
+            if key not in _names(cls):
+                raise RecipeError(f"recipe: unknown key {key!r}")
+        try:
+            return cls(
+                method=method,
+                config=config,
+                calibration=Calibration(**{"samples": DEFAULT_SAMPLES, **calibration}),
+                ignore=tuple(raw.pop("ignore", None) or ()),
+                **raw,
+            )
+        except TypeError as error:  # a value of the wrong kind
+            raise RecipeError(f"recipe: {error}") from error
+
+
+def _names(record: type) -> Iterable[str]:
+    return [f.name for f in fields(record)]

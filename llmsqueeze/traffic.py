@@ -1,0 +1,53 @@
+"""Bytes that decoding one token reads: the unit in which methods of different kinds compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from llmsqueeze.activation import ActivationRecord
+from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.shards import DTYPES, StoredTensor
+
+
+def stored_bytes(checkpoint: Checkpoint, parameter: str) -> int:
+    """Bytes of one parameter as it lies on disk, a compressed site with its mask."""
+    source = checkpoint.sources[parameter]
+    parts = [source] if isinstance(source, StoredTensor) else list(source.parts.values())
+    return sum(prod(part.shape) * DTYPES[part.dtype].itemsize for part in parts)
+
+
+def bytes_per_token(
+    checkpoint: Checkpoint,
+    record: ActivationRecord | None = None,
+    dropped: Mapping[str, float] | None = None,
+) -> int:
+    """Bytes of everything but the KV cache that one decoded token reads.
+
+    Blocks, final norm and output head whole (of an untied embedding one row), each linear less what its
+    gates drop, plus thresholds and low-rank factors. record: the gates, by default the checkpoint's own.
+    dropped: measured shares by gate; by default what each gate is meant to drop.
+    """
+    record = record or checkpoint.activation
+    kept: dict[str, float] = {}
+    extra = 0
+    for name, gate in record.gates.items() if record else ():
+        share = 1 - (gate.sparsity if dropped is None else dropped.get(name, gate.sparsity))
+        for linear in (*gate.members, *gate.rows):
+            kept[linear] = kept.get(linear, 1.0) * share
+        extra += 4 * gate.width
+        if gate.rank:
+            outputs = sum(checkpoint.model.get_submodule(m).out_features for m in gate.members)
+            extra += gate.rank * (gate.width + outputs) * checkpoint.dtype.itemsize
+    parameters = dict(checkpoint.model.named_parameters(remove_duplicate=False))
+    head = {id(p) for p in checkpoint.model.get_output_embeddings().parameters()}
+    embedding = checkpoint.model.get_input_embeddings().weight
+    # A head that is tied to the embedding is not stored, and reads all of it.
+    untied = any(id(parameters[name]) in head for name in checkpoint.sources)
+    total = float(extra)
+    for name in checkpoint.sources:
+        size = stored_bytes(checkpoint, name)
+        if untied and parameters[name] is embedding:
+            size //= embedding.shape[0]
+        total += size * kept.get(name.removesuffix(".weight"), 1.0)
+    return round(total)
