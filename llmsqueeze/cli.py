@@ -156,7 +156,7 @@ def convert(
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     with console.steps() as progress:
         manifest = compress.convert(
-            opened, name, out, format, overwrite=overwrite,
+            opened, name, out, format, overwrite=overwrite, note=console.note,
             on_block=lambda b: progress("converting block", b.index + 1, b.total, f"{b.seconds:.1f} s"),
         )  # fmt: skip
     document = {

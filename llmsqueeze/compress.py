@@ -85,6 +85,10 @@ def prune(
         hashes = {file.name: hashing.submit(hash_file, file) for file in checkpoint.identity}
         recipe, tokens, calibration = plan.calibration(checkpoint, recipe)
         dtype = calibration_dtype(recipe.dtype, checkpoint.dtype, device)
+        if checkpoint.activation:
+            note(
+                "activation thresholds belong to the old weights and are left out; sparsify OUT anew"
+            )
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         for name in checkpoint.outer_parameters:
@@ -197,6 +201,7 @@ def convert(
     format: str,
     *,
     overwrite: bool = False,
+    note: Callable[[str], None] = lambda message: None,
     on_block: Callable[[BlockDone], None] = lambda done: None,
 ) -> Manifest:
     """Rewrite a checkpoint as `format` ("llmsqueeze" or "dense"), every tensor bit for bit.
@@ -217,6 +222,13 @@ def convert(
             seconds = time.monotonic() - started
             on_block(BlockDone(block.index, checkpoint.block_count, seconds))
         steps = checkpoint.manifest.steps if checkpoint.manifest else []
+        gates = checkpoint.activation
+        if gates and format == "llmsqueeze":
+            writer.add_activation(
+                gates.method, gates.prefill, gates.gates, checkpoint.read_activation()
+            )
+        elif gates:
+            note("activation thresholds are left out: the dense form has no place for them")
         writer.write_text("README.md", card.converted_card(checkpoint, source_name, format))
         return writer.publish(checkpoint.config, checkpoint.path, steps, checkpoint.stored_bytes)
 

@@ -18,9 +18,10 @@ from llmsqueeze.errors import RecipeError
 from llmsqueeze.recipe import DTYPES
 
 if TYPE_CHECKING:
+    from llmsqueeze.activation import Policy
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import Console
-    from llmsqueeze.runtime.gates import Gating, Policy
+    from llmsqueeze.runtime.gates import Gating
 
 # Tokens that a window starts with ungated, unless --gate says otherwise.
 DEFAULT_PREFIX = 4
@@ -80,13 +81,14 @@ def evaluate(
 
     import torch
 
+    from llmsqueeze.activation import Policy
     from llmsqueeze.console import facts
     from llmsqueeze.data import Windows, evaluation_windows, load_tokenizer
     from llmsqueeze.device import choose_device, evaluation_dtype
     from llmsqueeze.evaluate import Perplexity, perplexity
     from llmsqueeze.plan import check_vocabulary, window_length
     from llmsqueeze.runtime import load
-    from llmsqueeze.runtime.gates import Policy, gating_of
+    from llmsqueeze.runtime.gates import gating_of
 
     policy = Policy.parse(gate)
     where = choose_device(device)

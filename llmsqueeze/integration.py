@@ -83,10 +83,11 @@ class LlmsqueezeQuantizer(HfQuantizer):
         # From 5.24 on it forgets the conversions of a dequantised model by itself.
         checkpoint, self._checkpoint = self._checkpoint, None
         if checkpoint is not None and checkpoint.activation is not None:
+            from llmsqueeze.activation import Policy
             from llmsqueeze.runtime import gates
 
             parts = gates.parts_of(checkpoint.activation, checkpoint.read_activation())
-            policy = gates.Policy.parse(checkpoint.activation.prefill)
+            policy = Policy.parse(checkpoint.activation.prefill)
             blocks = model.get_submodule(checkpoint.blocks_path)
             gates.install(model, parts, policy, blocks.children())
         conversions = getattr(model, "_weight_conversions", None) or ()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import card, plan
-from llmsqueeze.activation import ActivationRecord, GateRecord
+from llmsqueeze.activation import ActivationRecord, GateRecord, Policy
 from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
 from llmsqueeze.blocks import batch_samples, cut_batches, find_groups, load_blocks
 from llmsqueeze.checkpoint import Checkpoint
@@ -30,7 +30,6 @@ from llmsqueeze.errors import RecipeError
 from llmsqueeze.gate_calibration import ALREADY_SPARSE, calibrate_block, choose_gates
 from llmsqueeze.numerics.histogram import read_curve
 from llmsqueeze.recipe import Calibration, is_ignored
-from llmsqueeze.runtime.gates import Policy
 from llmsqueeze.shards import hash_file
 from llmsqueeze.sparsify_recipe import DEFAULT_SEQLEN, SparsifyRecipe
 
