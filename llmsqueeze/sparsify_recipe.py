@@ -14,8 +14,8 @@ from llmsqueeze.recipe import DTYPES, Calibration, check_ignore, make_config, ta
 
 ALLOCATIONS = ("uniform", "greedy")
 DEFAULT_ACTIVATION_METHOD = "wina"
-# A quantile of so many magnitudes moves by less than from one text to another.
-DEFAULT_SAMPLES, DEFAULT_SEQLEN = 32, 512
+# What o sees shrinks with the length of the text: thresholds are for windows as long as these.
+DEFAULT_SAMPLES, DEFAULT_SEQLEN = 8, 2048
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,32 @@ _LIBRARY.define(
 def gate(x: Tensor, threshold: Tensor) -> Tensor:
     """x where |x_j| > threshold_j, compared in fp32, else 0.
 
-    x: [..., in], any float dtype; threshold: [in] fp32, -1 keeps all, inf none. NaN is kept, so that it
-    shows in the output instead of being dropped.
+    x: [..., in], any float dtype; threshold: [in] fp32, -1 keeps all, inf none. NaN, and infinity that
+    would be dropped, come out as NaN: they show instead of vanishing.
     """
-    return x.masked_fill(x.abs().float() <= threshold, 0)
+    return keep_above(x, round_down(threshold, x.dtype))
+
+
+def keep_above(x: Tensor, limit: Tensor) -> Tensor:
+    """gate() with a threshold that is already in x's dtype; see round_down."""
+    if x.requires_grad:
+        return x * (x.abs() > limit)
+    # Comparing into the result's own dtype and multiplying is vectorised; selecting by a boolean mask
+    # is not, and took ten times as long on a CPU.
+    return torch.gt(x.abs(), limit, out=torch.empty_like(x)).mul_(x)
+
+
+def round_down(threshold: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest values of `dtype` up to these fp32 thresholds: numbers of that dtype exceed both or none.
+
+    Negative thresholds may round up, but stay negative, and every magnitude exceeds them.
+    """
+    rounded = threshold.to(dtype)
+    if dtype.itemsize >= threshold.dtype.itemsize:
+        return rounded
+    # One step down is one less in the bits of a positive float.
+    above = (rounded.to(threshold.dtype) > threshold) & (rounded > 0)
+    return (rounded.view(torch.int16) - above.to(torch.int16)).view(dtype)
 
 
 def gated_linear(

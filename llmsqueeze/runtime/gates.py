@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import llmsqueeze.ops  # noqa: F401  defines the operators
 from llmsqueeze.activation import ActivationRecord, Policy, thresholds
+from llmsqueeze.ops import keep_above, round_down
 
 # Up to so many rows the whole linear is one operator, which a kernel may replace; beyond, what a gate
 # drops is zeroed and the product is an ordinary one: rows that keep different inputs share no savings.
@@ -63,6 +63,9 @@ class Gate(nn.Module):  # type: ignore[misc]
         self.seen = 0
         self.register_buffer("threshold", threshold, persistent=False)
         self.register_buffer("down", down, persistent=False)
+        # Looking up a buffer costs as much as comparing a short vector: not when there is none.
+        self.branched = down is not None
+        self._rounded: tuple[Tensor, int, Tensor] | None = None
         self._last: tuple[weakref.ref[Tensor], Tensor, Tensor | None] | None = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -80,9 +83,15 @@ class Gate(nn.Module):  # type: ignore[misc]
         if self._last is not None and self._last[0]() is x and not torch.is_grad_enabled():
             return self._last[1], self._last[2]
         kept = self._apply_gate(x)
-        side = None if self.down is None else (x - kept) @ self.down.t()
+        side = (x - kept) @ self.down.t() if self.branched and self.down is not None else None
         self._last = None if torch.compiler.is_compiling() else (weakref.ref(x), kept, side)
         return kept, side
+
+    def whole(self, x: Tensor) -> bool:
+        """Whether every token of x is gated, and there are few enough for one operator to do it all."""
+        length = self.gating.length if x.dim() == 2 else x.shape[-2]
+        few = x.numel() <= SPARSE_ROWS * x.shape[-1]
+        return few and not self.gating.counting and self.gating.policy.first_gated(length) == 0
 
     def release(self) -> None:
         """Forget the tensors that were kept for the next linear of the same input."""
@@ -93,15 +102,30 @@ class Gate(nn.Module):  # type: ignore[misc]
         first = self.gating.policy.first_gated(length)
         if first >= length:
             return x
+        if first == 0 and not self.gating.counting:
+            return keep_above(x, self._limit(x.dtype))
         # Some models flatten samples and tokens on their way to the MLP.
         shaped = x.reshape(-1, length, x.shape[-1])
-        gated = torch.ops.llmsqueeze.gate(shaped[:, first:], self.threshold)
+        gated = keep_above(shaped, self._limit(x.dtype))
         if self.gating.counting:
-            self.kept = torch.count_nonzero(gated) + (0 if self.kept is None else self.kept)
-            self.seen += gated.numel()
+            self.kept = torch.count_nonzero(gated[:, first:]) + (self.kept or 0)
+            self.seen += gated[:, first:].numel()
         if first:
-            gated = torch.cat([shaped[:, :first], gated], dim=1)
+            gated[:, :first] = shaped[:, :first]
         return gated.reshape(x.shape)
+
+    def _limit(self, dtype: torch.dtype) -> Tensor:
+        """The threshold in `dtype`; made again when it was changed."""
+        made = self._rounded
+        threshold = self.threshold
+        if (
+            made is None
+            or made[0] is not threshold
+            or made[1] != threshold._version
+            or (made[2].dtype != dtype)
+        ):
+            made = self._rounded = (threshold, threshold._version, round_down(threshold, dtype))
+        return made[2]
 
 
 class GatedLinear(nn.Linear):  # type: ignore[misc]
@@ -116,10 +140,7 @@ class GatedLinear(nn.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.gate
-        rows = x.numel() // x.shape[-1]
-        length = gate.gating.length if x.dim() == 2 else x.shape[-2]
-        whole = gate.gating.policy.first_gated(length) == 0
-        if whole and rows <= SPARSE_ROWS and not gate.gating.counting:
+        if torch.compiler.is_compiling() and gate.whole(x):
             fused: Tensor = torch.ops.llmsqueeze.gated_linear(
                 x, gate.threshold, self.weight, self.bias, self.up, gate.down
             )

@@ -62,8 +62,8 @@ def main() -> None:
     print(json.dumps({"ungated": dense, "bytes_per_token": bytes_per_token(source)}), flush=True)
     rows = [
         {**METHODS[name], "sparsity": sparsity}
-        for name in args.methods
         for sparsity in args.sparsities
+        for name in args.methods
     ]
     for raw in rows + [json.loads(row) for row in args.row]:
         measure(source, raw, windows, device)
