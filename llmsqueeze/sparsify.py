@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from llmsqueeze.errors import RecipeError
 from llmsqueeze.gate_calibration import ALREADY_SPARSE, calibrate_block, choose_gates
 from llmsqueeze.numerics.histogram import read_curve
 from llmsqueeze.recipe import Calibration, is_ignored
+from llmsqueeze.rotation import rotate
 from llmsqueeze.shards import hash_file
 from llmsqueeze.sparsify_recipe import DEFAULT_SEQLEN, SparsifyRecipe
 
@@ -59,8 +62,8 @@ def sparsify(
 ) -> Report:
     """Calibrate gates on the weights of a checkpoint and write it with them to `out`.
 
-    Weights stay as they are, bit for bit. Raises RecipeError before any work when the request does
-    not fit the checkpoint or `out`.
+    Weights stay as they are, bit for bit, unless the recipe rotates them. Raises RecipeError before any
+    work when the request does not fit the checkpoint or `out`.
     """
     started = time.monotonic()
     check_output(out, overwrite)
@@ -68,13 +71,15 @@ def sparsify(
     Policy.parse(recipe.prefill)
     _check_ignore(checkpoint, recipe)
     known = checkpoint.manifest.sites if checkpoint.manifest else {}
+    identity = checkpoint.identity
     with (
         worker() as hashing,
         ArtifactWriter(out, overwrite=overwrite) as writer,
+        _rotated(checkpoint, out, recipe) as checkpoint,
         exact_matmul(),
         torch.no_grad(),
     ):
-        hashes = {file.name: hashing.submit(hash_file, file) for file in checkpoint.identity}
+        hashes = {file.name: hashing.submit(hash_file, file) for file in identity}
         asked = _resolve(checkpoint, recipe)
         calibration, windows = plan.calibration_tokens(checkpoint, asked)
         recipe = dataclasses.replace(recipe, calibration=calibration)
@@ -191,6 +196,18 @@ def change_sparsity(
         }
         record = writer.add_activation(old.method, policy, gates, tensors)
         return _publish(writer, checkpoint, source_name, step, record)
+
+
+@contextlib.contextmanager
+def _rotated(checkpoint: Checkpoint, out: Path, recipe: SparsifyRecipe) -> Iterator[Checkpoint]:
+    """The checkpoint itself, or for as long as this lasts a rotated copy beside `out`."""
+    if not recipe.rotate:
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory(
+        dir=out.parent, prefix=f".{out.name}.", suffix=".rotated"
+    ) as directory:
+        yield rotate(checkpoint, Path(directory) / "rotated")
 
 
 def _publish(

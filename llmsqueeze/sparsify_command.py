@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import Console
 
-TOP = ("method", "sparsity", "allocation", "greedy_step", "prefill", "prefix", "sequential", "ignore",
-       "dtype")  # fmt: skip
+TOP = ("method", "sparsity", "allocation", "greedy_step", "prefill", "prefix", "sequential",
+       "rotate", "ignore", "dtype")  # fmt: skip
 CALIBRATION = {
     "calib": "text",
     "samples": "samples",
@@ -101,6 +101,9 @@ named.
 @click.option("--sequential/--no-sequential", default=None,
               help="Calibrate every gate on what comes through the gates before it, or on the dense "
               "model.  [default: sequential]")  # fmt: skip
+@click.option("--rotate", is_flag=True, default=None,
+              help="Experiment: first rotate the residual stream towards orthogonal columns, by one "
+              "rotation folded into all weights. The function stays; the head is untied.")  # fmt: skip
 @click.option("--ignore", multiple=True, metavar="NAME",
               help="Linear that reads everything: full name, last part (v_proj), or re:REGEX. "
               "Repeatable.")  # fmt: skip

@@ -27,7 +27,7 @@ class SparsifyRecipe:
     prefix: tokens of every calibration window that are neither counted nor gated.
     greedy_step: see methods.greedy.allocate. sequential: gates are calibrated on what comes through the
     gates before them, as when the checkpoint runs, instead of on the dense model's activations.
-    ignore, dtype, batch: as PruneRecipe's.
+    rotate: turn the residual stream first, see rotation.rotate. ignore, dtype, batch: as PruneRecipe's.
     """
 
     method: str
@@ -38,6 +38,7 @@ class SparsifyRecipe:
     prefill: str = "dense"
     prefix: int = 4
     sequential: bool = True
+    rotate: bool = False
     ignore: tuple[str, ...] = ()
     calibration: Calibration = field(default_factory=lambda: Calibration(samples=DEFAULT_SAMPLES))
     dtype: str = "auto"

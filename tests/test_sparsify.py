@@ -17,6 +17,7 @@ from llmsqueeze.blocks import cut_batches, find_groups, load_blocks
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.gate_calibration import calibrate_block, choose_gates
+from llmsqueeze.rotation import rotate
 from llmsqueeze.runtime import load
 from llmsqueeze.runtime.gates import GatedLinear, gating_of
 from llmsqueeze.shards import SIDE_NAME
@@ -261,6 +262,59 @@ def test_sequential_gates_see_what_earlier_gates_leave(tiny: Any) -> None:
         gaps = [abs(value - 0.6) for value in gating.sparsity().values()]
         if sequential:
             assert max(gaps) < 0.02
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rotation_changes_nothing_that_is_computed(
+    tiny: Any, tmp_path: Path, family: str, tied: bool
+) -> None:
+    source = Checkpoint(tiny(family, dtype="float32", tie_word_embeddings=tied))
+    turned = rotate(source, tmp_path / "turned")
+    ids = torch.randint(3, 150, (2, 30), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        before = load(source, torch.float64, CPU)(ids).logits
+        after = load(turned, torch.float64, CPU)(ids).logits
+    # In fp64 from weights stored in fp32: what differs is the rounding of the stored ones.
+    assert torch.allclose(after, before, atol=2e-4 * float(before.abs().max()))
+    names = [f"model.layers.0.self_attn.{n}_proj.weight" for n in "qkv"]
+    old = torch.cat(list(source.read(names).values())).double()
+    new = torch.cat(list(turned.read(names).values())).double()
+
+    def overlap(weight: torch.Tensor) -> float:
+        gram = weight.t() @ weight
+        return float((gram - gram.diagonal().diag()).norm() / gram.norm())
+
+    assert overlap(new) < overlap(old)
+
+
+def test_columns_are_orthogonal_where_one_linear_reads_the_stream() -> None:
+    weight = torch.randn(24, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    turn = torch.linalg.eigh(weight.t() @ weight).eigenvectors.flip(1)
+    gram = (weight @ turn).t() @ (weight @ turn)
+    off = gram - gram.diagonal().diag()
+    assert float(off.abs().max()) <= 1e-10 * float(gram.max())
+    # Wide: sixteen columns are zero, and dropping those inputs changes nothing.
+    empty = gram.diagonal() < 1e-18 * gram.max()
+    assert int(empty.sum()) == 16
+    x = torch.randn(5, 40, dtype=torch.float64)
+    assert torch.allclose(x.masked_fill(empty, 0) @ (weight @ turn).t(), x @ (weight @ turn).t())
+
+
+def test_sparsify_rotates_on_request(
+    cli: Any, tiny: Any, tmp_path: Path, args: list[Any], prune_args: list[Any]
+) -> None:
+    out = tmp_path / "out"
+    made(cli, tiny(), out, "--rotate", "--sparsity", 0.3, *args)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert Checkpoint(out).config["tie_word_embeddings"] is False
+    assert cli("eval", out, "--seqlen", 24, "--windows", 2, "--device", "cpu").exit_code == 0
+    pruned = tmp_path / "pruned"
+    assert cli("prune", tiny(), "-o", pruned, "--method", "wanda", *prune_args).exit_code == 0
+    for source in (pruned, tiny("gemma2")):
+        result = cli("sparsify", source, "-o", tmp_path / "x", "--rotate", *args)
+        assert result.exit_code == 2 and "--rotate" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "pruned"]
 
 
 def test_convert_keeps_gates_or_drops_them_openly(
