@@ -76,8 +76,9 @@ class Policy:
 class GateRecord:
     """One gate. kind, members, rows: see methods.gating.GateSpec, names in full; width: its inputs.
 
-    sparsity: share of inputs meant to be dropped; threshold: of |x|·scale. zeros: share of inputs
-    that were exact zeros on the calibration tokens. ratio: R-Sparse's α; rank: of the branch, 0 for none.
+    sparsity: share of inputs meant to be dropped; threshold: of |x|·scale. zeros: share of
+    these products that were exactly 0 on the calibration tokens. ratio: R-Sparse's α; rank: of the
+    branch, 0 for none.
     """
 
     kind: str

@@ -15,6 +15,7 @@ from llmsqueeze import __version__
 from llmsqueeze.command import (
     CHECKPOINT_HELP,
     EXIT_INTERRUPTED,
+    activation_document,
     checkpoint_options,
     common,
     make_console,
@@ -26,6 +27,7 @@ from llmsqueeze.prune_command import prune
 from llmsqueeze.sparsify_command import sparsify
 
 if TYPE_CHECKING:
+    from llmsqueeze.activation import ActivationRecord
     from llmsqueeze.console import Console
 
 EXIT_TERMINATED = 143
@@ -110,6 +112,9 @@ def inspect(
         rows["size"] = f"{size(manifest.bytes_before)} → {size(manifest.bytes_after)}"
         for step in manifest.steps:
             rows[step["command"]] = _step(step)
+        if manifest.activation:
+            document["activation"] = activation_document(manifest.activation)
+            rows["gates"] = _gates(manifest.activation)
         for site, record in manifest.sites.items():
             table.add_row(
                 site,
@@ -121,7 +126,7 @@ def inspect(
             )
     if verify:
         rows["verified"] = "every shard matches the manifest"
-    console.result(document, *([table] if manifest else []), facts(name, rows))
+    console.result(document, *([table] if manifest and manifest.sites else []), facts(name, rows))
 
 
 @cli.command(
@@ -181,6 +186,14 @@ def _step(step: dict[str, Any]) -> str:
         )
     method = recipe["method"] or "other thresholds,"
     return f"{method} {recipe['sparsity']:.0%} of the inputs, prompt {recipe['prefill']}, {source}"
+
+
+def _gates(record: ActivationRecord) -> str:
+    """One line on the gates of sparsified activations."""
+    shares = [gate.sparsity for gate in record.gates.values()]
+    ranks = sum(gate.rank > 0 for gate in record.gates.values())
+    line = f"{len(shares)}, dropping {min(shares):.0%} to {max(shares):.0%} of their inputs"
+    return f"{line}, {ranks} with a low-rank branch" if ranks else line
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

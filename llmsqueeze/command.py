@@ -18,6 +18,7 @@ from llmsqueeze.errors import LlmsqueezeError
 from llmsqueeze.recipe import DTYPES
 
 if TYPE_CHECKING:
+    from llmsqueeze.activation import ActivationRecord
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import Console
 
@@ -182,3 +183,20 @@ def _fail(console: Console, message: str, code: int) -> NoReturn:
         traceback.print_exc()
     console.error(message, code)
     sys.exit(code)
+
+
+def activation_document(record: ActivationRecord) -> dict[str, Any]:
+    """What --json says of the gates of sparsified activations."""
+    gates = {
+        name: {
+            "kind": gate.kind,
+            "members": list(gate.members),
+            "sparsity": gate.sparsity,
+            "threshold": gate.threshold,
+            "zeros": gate.zeros,
+            "ratio": gate.ratio,
+            "rank": gate.rank,
+        }
+        for name, gate in record.gates.items()
+    }
+    return {"method": record.method, "prefill": record.prefill, "gates": gates}

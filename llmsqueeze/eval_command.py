@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from llmsqueeze.console import Console
     from llmsqueeze.runtime.gates import Gating
 
-# Tokens that a window starts with ungated, unless --gate says otherwise.
-DEFAULT_PREFIX = 4
+# As text is decoded: every token but the first few, which in many models all others lean on.
+DEFAULT_GATE = "after:4"
 # Gaps between the share of inputs that gates drop and the one they were calibrated for, worth a warning.
 MEAN_DRIFT, SITE_DRIFT = 0.01, 0.03
 
@@ -54,9 +54,10 @@ through the gates (--gate), whatever it does with prompts. What the gates droppe
 @click.option("--bos", is_flag=True, help="Start the text with the beginning-of-text token.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
               help="Precision; auto: the checkpoint's on a GPU, float32 on a CPU.")  # fmt: skip
-@click.option("--gate", metavar="POLICY", default=f"after:{DEFAULT_PREFIX}", show_default=True,
+@click.option("--gate", metavar="POLICY",
               help="Tokens of a window that are gated: after:TOKENS, tail:SHARE, all or dense. TEAL is "
-              "published with tail:0.5, R-Sparse tail:0.9, WINA tail:0.99, CHESS all.")  # fmt: skip
+              "published with tail:0.5, R-Sparse tail:0.9, WINA tail:0.99, CHESS all."
+              f"  [default: {DEFAULT_GATE}]")  # fmt: skip
 @device_option
 @checkpoint_options
 @common
@@ -69,7 +70,7 @@ def evaluate(
     windows: int | None,
     bos: bool,
     dtype: str,
-    gate: str,
+    gate: str | None,
     device: str,
     offline: bool,
     cache_dir: Path,
@@ -90,9 +91,11 @@ def evaluate(
     from llmsqueeze.runtime import load
     from llmsqueeze.runtime.gates import gating_of
 
-    policy = Policy.parse(gate)
+    policy = Policy.parse(gate or DEFAULT_GATE)
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
+    if gate and opened.activation is None:
+        raise RecipeError(f"--gate: {name} has no activation thresholds; sparsify it first")
     other = open_checkpoint(console, against, offline, cache_dir) if against else None
     if other and other[0].config.get("vocab_size") != opened.config.get("vocab_size"):
         raise RecipeError(f"{against} and {checkpoint} have different vocabularies")

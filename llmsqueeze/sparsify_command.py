@@ -10,6 +10,7 @@ import click
 
 from llmsqueeze.command import (
     CHECKPOINT_HELP,
+    activation_document,
     calibration_options,
     checkpoint_options,
     common,
@@ -181,11 +182,9 @@ def _report(
     mean = sum(gate.sparsity for gate in record.gates.values()) / len(record.gates)
     document = {
         "out": str(made.path),
-        "method": record.method,
+        **activation_document(record),
         "sparsity": mean,
-        "prefill": record.prefill,
         "bytes_per_token": {"before": before, "after": after},
-        "gates": {name: gate_document(gate) for name, gate in record.gates.items()},
         **document,
     }
     facts_ = {
@@ -196,19 +195,6 @@ def _report(
         "next": f"llmsqueeze eval {made.path} --against {spec}",
     }
     console.result(document, facts(str(made.path), facts_))
-
-
-def gate_document(gate: Any) -> dict[str, Any]:
-    """What --json says of a gate."""
-    return {
-        "kind": gate.kind,
-        "members": list(gate.members),
-        "sparsity": gate.sparsity,
-        "threshold": gate.threshold,
-        "zeros": gate.zeros,
-        "ratio": gate.ratio,
-        "rank": gate.rank,
-    }
 
 
 def build_recipe(raw: dict[str, Any], given: dict[str, Any]) -> SparsifyRecipe:

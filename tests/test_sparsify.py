@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from llmsqueeze.activation import Policy, thresholds
@@ -430,6 +432,54 @@ def test_thresholds_that_do_not_fit_are_refused(
         load(Checkpoint(out), FP32, CPU)
 
 
+VALUES = st.one_of(
+    st.none(), st.booleans(), st.integers(-5, 10**12), st.floats(), st.text(max_size=4),
+    st.lists(st.text(max_size=3), max_size=2), st.just({}), st.just({"a": [1]}),
+)  # fmt: skip
+
+
+@given(st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
+def test_any_value_in_the_record_is_refused_or_harmless(
+    cli: Any, tiny: Any, tmp_path_factory: pytest.TempPathFactory, text_file: Path,
+    data: st.DataObject,
+) -> None:  # fmt: skip
+    out = tmp_path_factory.getbasetemp() / "fuzzed_gates"
+    if not out.exists():
+        options = ["--calib", text_file, "--samples", 2, "--seqlen", 24, "--device", "cpu"]
+        made(
+            cli,
+            tiny(),
+            out,
+            *options,
+            "-q",
+            "--json",
+            "--method",
+            "rsparse",
+            "--rsparse-ratio",
+            0.5,
+        )
+    manifest = json.loads((out / MANIFEST_NAME).read_text())
+    original = json.dumps(manifest)
+    place = manifest["activation"]
+    while True:
+        key = data.draw(st.sampled_from(sorted(place)))
+        if not isinstance(place[key], dict) or data.draw(st.integers(0, 9)) == 0:
+            break
+        place = place[key]
+    place[key] = data.draw(VALUES)
+    try:
+        damage(out, lambda m: (m.clear(), m.update(manifest)))
+        checkpoint = Checkpoint(out)
+        model = load(checkpoint, FP32, CPU)
+        with torch.no_grad():
+            model(torch.arange(3, 9).reshape(1, -1))
+    except CheckpointError as error:
+        assert "\n" not in str(error).strip()
+    finally:
+        damage(out, lambda m: (m.clear(), m.update(json.loads(original))))
+
+
 def test_a_missing_or_altered_side_file_is_noticed(
     cli: Any, tiny: Any, tmp_path: Path, args: list[Any]
 ) -> None:
@@ -459,6 +509,19 @@ def test_the_recorded_recipe_repeats_the_run(
     made(cli, tiny(), two, "--recipe", file, "--device", "cpu", "-q", "--json")
     assert (one / SIDE_NAME).read_bytes() == (two / SIDE_NAME).read_bytes()
     assert Checkpoint(two).activation == Checkpoint(one).activation
+
+
+def test_gates_are_shown_and_asked_for_only_where_there_are_any(
+    cli: Any, tiny: Any, tmp_path: Path, args: list[Any]
+) -> None:
+    out = tmp_path / "out"
+    made(cli, tiny(), out, "--method", "rsparse", "--rsparse-ratio", 0.5, *args)
+    shown = cli("inspect", out)
+    assert "with a low-rank branch" in " ".join(shown.stdout.replace("│", " ").split())
+    document = json.loads(cli("inspect", out, "--json").stdout)
+    assert document["activation"]["method"] == "rsparse"
+    result = cli("eval", tiny(), "--gate", "all", "--device", "cpu")
+    assert result.exit_code == 2 and "sparsify it first" in result.stderr
 
 
 def test_drift_is_warned_of(cli: Any, tiny: Any, tmp_path: Path, args: list[Any]) -> None:
