@@ -234,3 +234,12 @@ def test_decoding_is_the_last_token_of_a_pass() -> None:
     assert torch.allclose(torch.stack(found.logits, 1), whole, atol=1e-4)
     gating.policy = Policy("dense")
     assert not torch.allclose(model(found.sequences).logits[:, 3:-1], whole, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_gated_model_compiles_whole() -> None:
+    _, model, _ = gated_pair("all")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for shape in ((1, 1, 8), (2, 5, 8)):
+        x = random(*shape)
+        assert torch.allclose(compiled(x), model(x), atol=1e-6)

@@ -12,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.numerics.histogram import MagnitudeHistogram
 from llmsqueeze.numerics.masks import keep_highest, keep_nm, zero_removed
 from llmsqueeze.numerics.packing import pack_bitmask, unpack_bitmask
+from llmsqueeze.ops import gate
 from tests.conftest import TINY
 
 pytestmark = [
@@ -88,3 +90,32 @@ def test_eval_on_the_device(cli: Any, tiny: Tiny, text_file: Path) -> None:
         found[device, dtype] = json.loads(result.stdout)["token_ppl"]
     assert found["cuda", "float32"] == pytest.approx(found["cpu", "float32"], rel=1e-4)
     assert found["cuda", "bfloat16"] == pytest.approx(found["cpu", "float32"], rel=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gates_are_those_of_the_cpu(dtype: torch.dtype) -> None:
+    x, threshold = torch.randn(7, 300).to(dtype), torch.randn(300).abs()
+    assert torch.equal(gate(x.cuda(), threshold.cuda()).cpu(), gate(x, threshold))
+    histograms = [MagnitudeHistogram(torch.device(device)) for device in ("cpu", "cuda")]
+    for histogram in histograms:
+        histogram.update(x.float().abs().to(histogram.counts.device))
+    assert torch.equal(histograms[0].counts, histograms[1].counts.cpu())
+
+
+@pytest.mark.parametrize("method", ["teal", "wina", "chess", "rsparse"])
+@pytest.mark.parametrize("options", [[], ["--no-sequential"]])
+def test_sparsify_agrees_with_the_cpu(
+    cli: Any, tiny: Tiny, tmp_path: Path, text_file: Path, method: str, options: list[str]
+) -> None:
+    found = {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        result = cli("sparsify", tiny(), "-o", out, "--method", method, "--calib", text_file,
+                     "--samples", 6, "--seqlen", 48, "--dtype", "float32", "--device", device,
+                     "--json", *options)  # fmt: skip
+        assert result.exit_code == 0, result.stderr
+        found[device] = json.loads(result.stdout)["gates"]
+        measured = cli("eval", out, "--text", text_file, "--seqlen", 48, "--device", device)
+        assert measured.exit_code == 0, measured.stderr
+    for name, gate_ in found["cpu"].items():
+        assert found["cuda"][name]["threshold"] == pytest.approx(gate_["threshold"], rel=0.02)

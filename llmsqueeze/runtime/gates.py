@@ -103,16 +103,23 @@ class Gate(nn.Module):  # type: ignore[misc]
         if first >= length:
             return x
         if first == 0 and not self.gating.counting:
-            return keep_above(x, self._limit(x.dtype))
+            return self._gated(x)
         # Some models flatten samples and tokens on their way to the MLP.
         shaped = x.reshape(-1, length, x.shape[-1])
-        gated = keep_above(shaped, self._limit(x.dtype))
+        gated = self._gated(shaped)
         if self.gating.counting:
-            self.kept = torch.count_nonzero(gated[:, first:]) + (self.kept or 0)
+            kept = torch.count_nonzero(gated[:, first:])
+            self.kept = kept if self.kept is None else self.kept + kept
             self.seen += gated[:, first:].numel()
         if first:
             gated[:, :first] = shaped[:, :first]
         return gated.reshape(x.shape)
+
+    def _gated(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            gated: Tensor = torch.ops.llmsqueeze.gate(x, self.threshold)
+            return gated
+        return keep_above(x, self._limit(x.dtype))
 
     def _limit(self, dtype: torch.dtype) -> Tensor:
         """The threshold in `dtype`; made again when it was changed."""
