@@ -31,7 +31,7 @@ class GateState:
     """A gate while it is being calibrated. Names as in its spec, within the block."""
 
     spec: GateSpec
-    weight: Tensor  # members stacked, [out, in] as stored
+    weights: list[Tensor]  # of the members, [out, in] as stored
     outputs: dict[str, int]  # of every member
     scale: Tensor
     histogram: MagnitudeHistogram
@@ -132,11 +132,11 @@ def calibrate_block(
         state.drop(recipe.sparsity)
         if hasattr(method, "branch") and recipe.sparsity:
             found = method.branch(
-                state.weight, state.scale, torch.cat(state.x), state.histogram,
+                torch.cat(state.weights), state.scale, torch.cat(state.x), state.histogram,
                 recipe.sparsity, recipe.config,
             )  # fmt: skip
             state.drop(found.sparsity)
-            dtype = state.weight.dtype
+            dtype = state.weights[0].dtype
             state.ratio = found.sparse_ratio
             state.up = None if found.up is None else found.up.to(dtype)
             state.down = None if found.down is None else found.down.to(dtype)
@@ -178,12 +178,12 @@ def _prepare(
     means = _mean_outputs(loaded.run, companions, recipe.prefix, batches) if companions else {}
     states = []
     for spec in specs:
-        weight = torch.cat([loaded.tensors[f"{loaded.prefix}{n}.weight"] for n in spec.members])
+        weights = [loaded.tensors[f"{loaded.prefix}{n}.weight"] for n in spec.members]
         companion = means[spec.companion] if spec.companion else None
-        scale = method.scale(spec, weight, companion, recipe.config).float()
+        scale = method.scale(spec, weights, companion, recipe.config).float()
         outputs = {name: loaded.linears[name].out_features for name in spec.members}
         histogram = MagnitudeHistogram(scale.device)
-        states.append(GateState(spec, weight, outputs, scale, histogram))
+        states.append(GateState(spec, weights, outputs, scale, histogram))
     return states
 
 

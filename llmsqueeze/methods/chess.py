@@ -47,10 +47,12 @@ def gates(parts: BlockParts, config: Config) -> list[GateSpec]:
     return found
 
 
-def scale(spec: GateSpec, weight: Tensor, companion: Tensor | None, config: Config) -> Tensor:
+def scale(
+    spec: GateSpec, weights: list[Tensor], companion: Tensor | None, config: Config
+) -> Tensor:
     """E|u_i| of the MLP's gate, ones elsewhere."""
     import torch
 
     if companion is None:
-        return torch.ones(weight.shape[1], device=weight.device)
-    return companion * column_norms(weight) if config.chess_down_norms else companion
+        return torch.ones(weights[0].shape[1], device=weights[0].device)
+    return companion * column_norms(weights) if config.chess_down_norms else companion

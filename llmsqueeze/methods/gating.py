@@ -59,7 +59,7 @@ class ActivationMethod(Protocol):
     """The shape of a module that gates activations.
 
     gates: where; RecipeError when the block has no such place.
-    scale: [in] fp32 from `weight`, the members' weights stacked to [out, in] fp32, and `companion`,
+    scale: [in] fp32 from the members' weights, [out, in] each, and `companion`,
     [in] fp32, the mean magnitude (or root mean square, as companion_power 1 or 2 asks) of what the
     gated values will be multiplied by; None where the spec names no companion.
     A method with a low-rank branch also has `branch`.
@@ -70,7 +70,7 @@ class ActivationMethod(Protocol):
     def gates(self, parts: BlockParts, config: Any) -> list[GateSpec]: ...
 
     def scale(
-        self, spec: GateSpec, weight: Tensor, companion: Tensor | None, config: Any
+        self, spec: GateSpec, weights: list[Tensor], companion: Tensor | None, config: Any
     ) -> Tensor: ...
 
 
@@ -93,8 +93,15 @@ def input_gates(parts: BlockParts) -> list[GateSpec]:
     return [GateSpec("input", names[0], tuple(names)) for names in parts.groups]
 
 
-def column_norms(weight: Tensor) -> Tensor:
-    """[in] fp32: Euclidean norms of the columns of [out, in]."""
+def column_norms(weights: list[Tensor], *, relative: bool = False) -> Tensor:
+    """[in] fp32: Euclidean norms of the columns of the matrices, [out, in] each, stacked.
+
+    relative: each matrix first divided by its own norm, so that one of small entries counts as much.
+    """
     import torch
 
-    return torch.linalg.vector_norm(weight.float(), dim=0)
+    total = torch.zeros(weights[0].shape[1], device=weights[0].device)
+    for weight in weights:
+        squares = weight.float().square()
+        total += squares.sum(dim=0) / (squares.sum() if relative else 1)
+    return total.sqrt()

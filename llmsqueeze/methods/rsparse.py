@@ -54,9 +54,11 @@ def gates(parts: BlockParts, config: Config) -> list[GateSpec]:
     return input_gates(parts)
 
 
-def scale(spec: GateSpec, weight: Tensor, companion: Tensor | None, config: Config) -> Tensor:
+def scale(
+    spec: GateSpec, weights: list[Tensor], companion: Tensor | None, config: Config
+) -> Tensor:
     """‖W_:j‖ of the stacked members; the published code's ‖(V S)_j:‖ is the same."""
-    return column_norms(weight)
+    return column_norms(weights)
 
 
 def rank_of(sparsity: float, ratio: float, rows: int, columns: int) -> int:

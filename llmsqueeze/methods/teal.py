@@ -21,8 +21,10 @@ def gates(parts: BlockParts, config: Config) -> list[GateSpec]:
     return input_gates(parts)
 
 
-def scale(spec: GateSpec, weight: Tensor, companion: Tensor | None, config: Config) -> Tensor:
+def scale(
+    spec: GateSpec, weights: list[Tensor], companion: Tensor | None, config: Config
+) -> Tensor:
     """Ones. The threshold is a quantile of |x| itself: the published code assumes a mean of 0."""
     import torch
 
-    return torch.ones(weight.shape[1], device=weight.device)
+    return torch.ones(weights[0].shape[1], device=weights[0].device)

@@ -7,7 +7,7 @@ and gate use the norms. Here every gate does, with the norms of all linears that
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llmsqueeze.methods.gating import BlockParts, GateSpec, column_norms, input_gates
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Config:
-    pass
+    wina_relative: bool = field(
+        default=False,
+        metadata={"help": "count every linear behind a gate alike, however small its weights"},
+    )
 
 
 def gates(parts: BlockParts, config: Config) -> list[GateSpec]:
@@ -26,6 +29,8 @@ def gates(parts: BlockParts, config: Config) -> list[GateSpec]:
     return input_gates(parts)
 
 
-def scale(spec: GateSpec, weight: Tensor, companion: Tensor | None, config: Config) -> Tensor:
+def scale(
+    spec: GateSpec, weights: list[Tensor], companion: Tensor | None, config: Config
+) -> Tensor:
     """‖W_:j‖ of the stacked members."""
-    return column_norms(weight)
+    return column_norms(weights, relative=config.wina_relative)

@@ -25,7 +25,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def wina_scale(weight: Tensor) -> Tensor:
-    return wina.scale(SPEC, weight, None, wina.Config())
+    return wina.scale(SPEC, [weight], None, wina.Config())
 
 
 def kept_of(x: Tensor, scale: Tensor, count: int) -> Tensor:
@@ -42,7 +42,7 @@ def error_of(weight: Tensor, x: Tensor, kept: Tensor) -> float:
 def test_equal_norms_make_wina_teal() -> None:
     weight = torch.linalg.qr(random(24, 24))[0]
     x = random(24, seed=1)
-    ours, theirs = wina_scale(weight), teal.scale(SPEC, weight, None, teal.Config())
+    ours, theirs = wina_scale(weight), teal.scale(SPEC, [weight], None, teal.Config())
     assert torch.equal(theirs, torch.ones(24))
     assert torch.equal(kept_of(x, ours, 12), kept_of(x, theirs, 12))
 
@@ -57,9 +57,14 @@ def test_a_threshold_at_the_next_score_keeps_the_top_ones(count: int) -> None:
 
 
 def test_norms_are_of_all_members() -> None:
-    weight = random(7, 5)
-    expected = [sum(float(w) ** 2 for w in column) ** 0.5 for column in weight.t()]
-    assert wina_scale(weight).tolist() == pytest.approx(expected, rel=1e-6)
+    weights = [random(7, 5), 0.01 * random(3, 5, seed=1)]
+    stacked = torch.cat(weights)
+    expected = [sum(float(w) ** 2 for w in column) ** 0.5 for column in stacked.t()]
+    found = wina.scale(SPEC, weights, None, wina.Config())
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+    relative = wina.scale(SPEC, weights, None, wina.Config(wina_relative=True))
+    alike = torch.cat([w / w.norm() for w in weights]).norm(dim=0)
+    assert torch.allclose(relative, alike, rtol=1e-5)
 
 
 def test_wina_does_not_see_a_rescaling_that_teal_sees() -> None:
@@ -120,7 +125,7 @@ def test_chess_weighs_channels_by_what_they_will_meet() -> None:
     assert set(specs) == {"mlp.act_fn", "self_attn.q_proj", "self_attn.o_proj"}
     g, u = random(4000, 16, seed=5), random(4000, 16, seed=6) * torch.arange(1, 17)
     mean = u.abs().mean(0)
-    scale = chess.scale(mlp, random(8, 16), mean, config)
+    scale = chess.scale(mlp, [random(8, 16)], mean, config)
     histogram = MagnitudeHistogram(torch.device("cpu"))
     histogram.update(g.abs() * scale)
     tau = histogram.quantiles(torch.tensor([0.5])) / scale
@@ -129,7 +134,7 @@ def test_chess_weighs_channels_by_what_they_will_meet() -> None:
     # Channels that meet more are dropped less; with equal means it is CATS, one threshold.
     rates = (gate(g, tau) == 0).double().mean(0)
     assert rates[0] > rates[-1] + 0.3
-    equal = chess.scale(mlp, random(8, 16), torch.full((16,), 3.0), config)
+    equal = chess.scale(mlp, [random(8, 16)], torch.full((16,), 3.0), config)
     assert equal.unique().numel() == 1
 
 
@@ -215,7 +220,7 @@ def test_no_rank_is_wina() -> None:
     weight, x = random(32, 32), random(300, 32, seed=1)
     found = branch_of(weight, x, 0.5, rsparse_ratio=1.0)
     assert found == rsparse.Branch(1.0, 0.5, None, None)
-    assert torch.equal(rsparse.scale(SPEC, weight, None, rsparse.Config()), wina_scale(weight))
+    assert torch.equal(rsparse.scale(SPEC, [weight], None, rsparse.Config()), wina_scale(weight))
     # The published scale, ‖(V S)_j:‖, is the column norm.
     _, values, right = torch.linalg.svd(weight, full_matrices=False)
     published = (right.t() * values).norm(dim=1)
