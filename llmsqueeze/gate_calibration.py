@@ -14,7 +14,7 @@ from llmsqueeze.activation import GateRecord, Policy, thresholds
 from llmsqueeze.blocks import LoadedBlock, Run
 from llmsqueeze.errors import CalibrationError
 from llmsqueeze.methods import activation_method, greedy
-from llmsqueeze.methods.gating import BlockParts, GateSpec
+from llmsqueeze.methods.gating import BlockParts, Branch, GateSpec
 from llmsqueeze.numerics.histogram import MagnitudeHistogram
 from llmsqueeze.recipe import is_ignored
 from llmsqueeze.runtime.gates import GatedOutput, GateParts, Gating, install
@@ -22,6 +22,8 @@ from llmsqueeze.sparsify_recipe import SparsifyRecipe
 
 # Inputs kept as they are to choose a low-rank branch on.
 BRANCH_TOKENS = 1024
+# A branch that gains less than this share of the block's error is not kept: that is noise.
+BRANCH_GAIN = 0.01
 # A site with so many exact zeros was trained to be sparse; dropping those changes nothing.
 ALREADY_SPARSE = 0.3
 
@@ -37,9 +39,7 @@ class GateState:
     histogram: MagnitudeHistogram
     share: float = 0.0
     threshold: float = 0.0
-    ratio: float = 1.0
-    up: Tensor | None = None
-    down: Tensor | None = None
+    branch: Branch | None = None
     x: list[Tensor] = field(default_factory=list)
 
     def drop(self, share: float) -> None:
@@ -51,10 +51,14 @@ class GateState:
         """[in] fp32, what the gate compares with."""
         return thresholds(self.threshold, self.scale)
 
-    def ups(self) -> dict[str, Tensor]:
-        """member → [out, rank], its part of the low-rank branch; empty without one."""
-        parts = () if self.up is None else self.up.split(list(self.outputs.values()))
-        return dict(zip(self.outputs, parts, strict=False))
+    def factors(self) -> dict[str, Tensor]:
+        """The low-rank branch by side tensor: "down" [rank, in], and every member's part of up."""
+        branch = self.branch
+        if branch is None or branch.up is None or branch.down is None:
+            return {}
+        dtype = self.weights[0].dtype
+        ups = branch.up.to(dtype).split(list(self.outputs.values()))
+        return {"down": branch.down.to(dtype), **dict(zip(self.outputs, ups, strict=True))}
 
     def record(self, prefix: str) -> GateRecord:
         """As the manifest keeps it. prefix: of the block, which makes names full."""
@@ -66,24 +70,23 @@ class GateState:
             sparsity=max(self.share, self.histogram.zeros),
             threshold=self.threshold,
             zeros=self.histogram.zeros,
-            ratio=self.ratio,
-            rank=0 if self.down is None else self.down.shape[0],
+            ratio=self.branch.sparse_ratio if self.branch else 1.0,
+            rank=len(self.factors().get("down", ())),
         )
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
         """Its side tensors by name."""
         at = prefix + self.spec.at
         found = {f"{at}.scale": self.scale.float(), f"{at}.curve": self.histogram.curve()}
-        if self.down is not None:
-            found[f"{at}.down"] = self.down
-        return found | {f"{prefix}{name}.up": up for name, up in self.ups().items()}
+        for name, factor in self.factors().items():
+            found[f"{at}.down" if name == "down" else f"{prefix}{name}.up"] = factor
+        return found
 
     def parts(self) -> GateParts:
         """As the runtime installs it into the block."""
-        spec = self.spec
-        return GateParts(
-            spec.kind, spec.at, spec.members, self.tau(), self.down, self.ups() or None
-        )
+        spec, ups = self.spec, self.factors()
+        down = ups.pop("down", None)
+        return GateParts(spec.kind, spec.at, spec.members, self.tau(), down, ups or None)
 
 
 def choose_gates(
@@ -131,21 +134,23 @@ def calibrate_block(
             )
         state.drop(recipe.sparsity)
         if hasattr(method, "branch") and recipe.sparsity:
-            found = method.branch(
+            state.branch = method.branch(
                 torch.cat(state.weights), state.scale, torch.cat(state.x), state.histogram,
                 recipe.sparsity, recipe.config,
             )  # fmt: skip
-            state.drop(found.sparsity)
-            dtype = state.weights[0].dtype
-            state.ratio = found.sparse_ratio
-            state.up = None if found.up is None else found.up.to(dtype)
-            state.down = None if found.down is None else found.down.to(dtype)
+            if state.branch.fixed:
+                state.drop(state.branch.sparsity)
         state.x = []
-    if recipe.allocation == "greedy" or recipe.sequential:
+    searching = recipe.sparsity and (
+        recipe.allocation == "greedy"
+        or any(state.branch and not state.branch.fixed for state in states)
+    )
+    if searching or recipe.sequential:
         parts = {state.spec.at: state.parts() for state in states}
         gating = install(run.block, parts, Policy("dense"), [run.block])
-        if recipe.allocation == "greedy" and recipe.sparsity:
-            _allocate(loaded, states, gating, recipe, batches[0])
+        if searching:
+            search = _allocate if recipe.allocation == "greedy" else _choose_branches
+            search(loaded, states, gating, recipe, batches[0])
         if recipe.sequential:
             gating.policy = Policy("after", recipe.prefix)
             _settle(run, states, gating, recipe.prefix, batches)
@@ -153,6 +158,51 @@ def calibrate_block(
         for rows in batches:
             run.propagate(rows)
     return states
+
+
+def _choose_branches(
+    loaded: LoadedBlock,
+    states: list[GateState],
+    gating: Gating,
+    recipe: SparsifyRecipe,
+    rows: slice,
+) -> None:
+    """Keep a gate's low-rank branch only if the block's output on `rows` is closer with it."""
+    error = _block_error(loaded, gating, recipe, rows)
+    for state in states:
+        gating.gates[state.spec.at].branched = bool(state.branch and state.branch.fixed)
+    least = error()
+    for state in states:
+        if state.branch is None or state.branch.fixed:
+            continue
+        gate = gating.gates[state.spec.at]
+        gate.branched = bool(state.factors())
+        state.drop(state.branch.sparsity)
+        gate.threshold.copy_(state.tau())
+        found = error()
+        if found < (1 - BRANCH_GAIN) * least:
+            least = found
+            continue
+        gate.branched, state.branch = False, None
+        state.drop(recipe.sparsity)
+        gate.threshold.copy_(state.tau())
+    gating.policy = Policy("dense")
+
+
+def _block_error(
+    loaded: LoadedBlock, gating: Gating, recipe: SparsifyRecipe, rows: slice
+) -> Callable[[], float]:
+    """The squared error of the block's output on `rows` with the gates as they are by then."""
+    run = loaded.run
+    assert run is not None
+    dense = run.forward(rows)[:, recipe.prefix :]
+    gating.policy = Policy("after", recipe.prefix)
+
+    def error() -> float:
+        out = run.forward(rows)[:, recipe.prefix :]
+        return float((out - dense).float().square().sum(dtype=torch.float64))
+
+    return error
 
 
 def _settle(
@@ -257,19 +307,15 @@ def _allocate(
     rows: slice,
 ) -> None:
     """Divide the block's budget among its gates by what each costs the block's output on `rows`."""
-    run = loaded.run
-    assert run is not None
-    dense = run.forward(rows)[:, recipe.prefix :]
+    block_error = _block_error(loaded, gating, recipe, rows)
     by_name = {state.spec.at: state for state in states}
 
     def error(shares: Mapping[str, float]) -> float:
         for name, share in shares.items():
             by_name[name].drop(share)
             gating.gates[name].threshold.copy_(by_name[name].tau())
-        out = run.forward(rows)[:, recipe.prefix :]
-        return float((out - dense).float().square().sum(dtype=torch.float64))
+        return block_error()
 
-    gating.policy = Policy("after", recipe.prefix)
     path = greedy.allocate(error, weigh(loaded, states), recipe.sparsity, recipe.greedy_step)
     error(path[-1].sparsity)
     gating.policy = Policy("dense")

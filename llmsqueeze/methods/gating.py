@@ -46,13 +46,14 @@ class Branch:
     """A low-rank branch: up · down approximates the weights. sparse_ratio: R-Sparse's α.
 
     up: [out, rank] of the stacked members; down: [rank, in]; both None at α = 1. sparsity: the share
-    of inputs that the gate then drops.
+    of inputs that the gate then drops. fixed: α was asked for, so the branch stays, whatever it gains.
     """
 
     sparse_ratio: float
     sparsity: float
     up: Tensor | None
     down: Tensor | None
+    fixed: bool = False
 
 
 class ActivationMethod(Protocol):

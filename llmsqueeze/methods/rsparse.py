@@ -97,11 +97,12 @@ def branch(
         error = float((dropped @ weight.t()).square().sum() - carried)
         if error < least:
             best, least = index, error
+    fixed = config.rsparse_ratio > 0
     rank, ratio, drop = ranks[best], ratios[best], drops[best]
     if rank == 0:
-        return Branch(ratio, drop, None, None)
+        return Branch(ratio, drop, None, None, fixed)
     down = basis[:, :rank].t().contiguous()
-    return Branch(ratio, drop, weight @ down.t(), down)
+    return Branch(ratio, drop, weight @ down.t(), down, fixed)
 
 
 def _right_vectors(weight: Tensor, count: int, config: Config) -> tuple[Tensor, Tensor]:

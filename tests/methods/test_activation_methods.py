@@ -219,7 +219,7 @@ def test_the_searched_ratio_is_the_best_one() -> None:
 def test_no_rank_is_wina() -> None:
     weight, x = random(32, 32), random(300, 32, seed=1)
     found = branch_of(weight, x, 0.5, rsparse_ratio=1.0)
-    assert found == rsparse.Branch(1.0, 0.5, None, None)
+    assert found == rsparse.Branch(1.0, 0.5, None, None, fixed=True)
     assert torch.equal(rsparse.scale(SPEC, [weight], None, rsparse.Config()), wina_scale(weight))
     # The published scale, ‖(V S)_j:‖, is the column norm.
     _, values, right = torch.linalg.svd(weight, full_matrices=False)
