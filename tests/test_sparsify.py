@@ -129,7 +129,7 @@ def test_a_pruned_checkpoint_is_calibrated_as_it_is(
 ) -> None:
     pruned, out = tmp_path / "pruned", tmp_path / "out"
     assert cli("prune", tiny(), "-o", pruned, "--method", "wanda", *prune_args).exit_code == 0
-    document = made(cli, pruned, out, "--allocation", "greedy", *args)
+    document = made(cli, pruned, out, "--method", "wina", "--allocation", "greedy", *args)
     before, after = Checkpoint(pruned), Checkpoint(out)
     assert after.manifest is not None and before.manifest is not None
     assert {n: s.encoding for n, s in after.manifest.sites.items()} == {
@@ -211,7 +211,7 @@ def test_calibration_matches_hooks_on_the_whole_model(
 ) -> None:
     """Not sequential: the threshold is the quantile of |x|·‖W‖ over what the dense model sees."""
     source, out = tiny(dtype="float32"), tmp_path / "out"
-    made(cli, source, out, "--no-sequential", "--sparsity", 0.5, *args)
+    made(cli, source, out, "--method", "wina", "--no-sequential", *args)
     checkpoint = Checkpoint(out)
     record = checkpoint.activation
     assert record is not None
