@@ -22,8 +22,9 @@ from llmsqueeze.sparsify_recipe import SparsifyRecipe
 
 # Inputs kept as they are to choose a low-rank branch on.
 BRANCH_TOKENS = 1024
-# A branch that gains less than this share of the block's error is not kept: that is noise.
-BRANCH_GAIN = 0.01
+# A branch that gains less than this share of the block's error is not kept. At 1 % three of SmolLM2-135M's
+# 120 gates got one at half the inputs, and perplexity rose by 0.4 %.
+BRANCH_GAIN = 0.05
 # A site with so many exact zeros was trained to be sparse; dropping those changes nothing.
 ALREADY_SPARSE = 0.3
 
