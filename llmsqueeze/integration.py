@@ -65,7 +65,9 @@ class LlmsqueezeQuantizer(HfQuantizer):
     """Decodes sites while transformers loads them, and puts gates into the finished model."""
 
     requires_calibration = True
-    _checkpoint: Any = None  # between the two ends of loading
+    # Of a checkpoint with gates, between the two ends of loading. Only its path: transformers copies this
+    # object, and all it holds, for every tensor it decodes.
+    _gated: Path | None = None
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -75,21 +77,15 @@ class LlmsqueezeQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise CheckpointError("a llmsqueeze checkpoint loads from its directory only")
         # Opening checks manifest, headers, names and shapes, and raises on the first mismatch.
-        self._checkpoint = Checkpoint(Path(checkpoint_files[0]).parent)
+        directory = Path(checkpoint_files[0]).parent
+        self._gated = directory if Checkpoint(directory).activation else None
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # transformers would undo on save what it applied on load; a dense model has nothing to undo.
         # From 5.24 on it forgets the conversions of a dequantised model by itself.
-        checkpoint, self._checkpoint = self._checkpoint, None
-        if checkpoint is not None and checkpoint.activation is not None:
-            from llmsqueeze.activation import Policy
-            from llmsqueeze.runtime import gates
-
-            parts = gates.parts_of(checkpoint.activation, checkpoint.read_activation())
-            policy = Policy.parse(checkpoint.activation.prefill)
-            blocks = model.get_submodule(checkpoint.blocks_path)
-            gates.install(model, parts, policy, blocks.children())
+        if self._gated is not None:
+            _install_gates(model, self._gated)
         conversions = getattr(model, "_weight_conversions", None) or ()
         model._weight_conversions = [c for c in conversions if not _is_ours(c)] or None
         return model
@@ -104,6 +100,19 @@ class LlmsqueezeQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return True
+
+
+def _install_gates(model: nn.Module, directory: Path) -> None:
+    from llmsqueeze.activation import Policy
+    from llmsqueeze.checkpoint import Checkpoint
+    from llmsqueeze.runtime import gates
+
+    checkpoint = Checkpoint(directory)
+    record = checkpoint.activation
+    assert record is not None
+    blocks = model.get_submodule(checkpoint.blocks_path).children()
+    parts = gates.parts_of(record, checkpoint.read_activation())
+    gates.install(model, parts, Policy.parse(record.prefill), blocks)
 
 
 def _pattern(part: str) -> str:

@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError
+from llmsqueeze.runtime.gates import gating_of
 
 Tiny = Callable[..., Path]
 
@@ -41,6 +43,23 @@ def test_every_way_to_load_gives_the_same_weights(
     ids = torch.arange(3, 40, device=mine.device).unsqueeze(0)
     with torch.no_grad():
         assert torch.equal(mine(ids).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_loading_copies_no_checkpoint(
+    cli: Any, pruned: Path, tmp_path: Path, text_file: Path, gated: bool, monkeypatch: Any
+) -> None:
+    """transformers deep-copies the quantizer for every tensor it decodes: it must be light."""
+    if gated:
+        options = ["--calib", text_file, "--samples", 2, "--seqlen", 24, "--device", "cpu", "-q"]
+        assert cli("sparsify", pruned, "-o", tmp_path / "gated", *options).exit_code == 0
+
+    def refuse(self: Checkpoint, memo: Any) -> Any:
+        raise AssertionError("a checkpoint was copied")
+
+    monkeypatch.setattr(Checkpoint, "__deepcopy__", refuse, raising=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "gated" if gated else pruned)
+    assert (gating_of(model) is not None) == gated
 
 
 def test_saving_a_loaded_model_gives_a_plain_dense_checkpoint(pruned: Path, tmp_path: Path) -> None:
