@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
+from torch import nn
+
 from llmsqueeze.activation import ActivationRecord
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.shards import DTYPES, StoredTensor
@@ -24,9 +26,9 @@ def bytes_per_token(
 ) -> int:
     """Bytes of everything but the KV cache that one decoded token reads.
 
-    Blocks, final norm and output head whole (of an untied embedding one row), each linear less what its
-    gates drop, plus thresholds and low-rank factors. record: the gates, by default the checkpoint's own.
-    dropped: measured shares by gate; by default what each gate is meant to drop.
+    Blocks, final norm and output head whole (of embeddings that are not the head one row), each linear
+    less what its gates drop, plus thresholds and low-rank factors. record: the gates, by default the
+    checkpoint's own. dropped: measured shares by gate; by default what each gate is meant to drop.
     """
     record = record or checkpoint.activation
     kept: dict[str, float] = {}
@@ -41,13 +43,18 @@ def bytes_per_token(
             extra += gate.rank * (gate.width + outputs) * checkpoint.dtype.itemsize
     parameters = dict(checkpoint.model.named_parameters(remove_duplicate=False))
     head = {id(p) for p in checkpoint.model.get_output_embeddings().parameters()}
-    embedding = checkpoint.model.get_input_embeddings().weight
-    # A head that is tied to the embedding is not stored, and reads all of it.
-    untied = any(id(parameters[name]) in head for name in checkpoint.sources)
+    looked_up = {
+        id(module.weight)
+        for module in checkpoint.model.modules()
+        if isinstance(module, nn.Embedding)
+    }
+    if not any(id(parameters[name]) in head for name in checkpoint.sources):
+        # A head that is tied to the embedding is not stored, and reads all of it.
+        looked_up.discard(id(checkpoint.model.get_input_embeddings().weight))
     total = float(extra)
     for name in checkpoint.sources:
         size = stored_bytes(checkpoint, name)
-        if untied and parameters[name] is embedding:
-            size //= embedding.shape[0]
+        if id(parameters[name]) in looked_up:
+            size //= parameters[name].shape[0]
         total += size * kept.get(name.removesuffix(".weight"), 1.0)
     return round(total)

@@ -545,6 +545,15 @@ def test_bytes_per_token_by_hand(cli: Any, tiny: Any, tmp_path: Path, args: list
     assert bytes_per_token(Checkpoint(tiny())) == 3 * (linears * 2 + 2 * hidden * 2) + outer
 
 
+def test_of_a_table_of_positions_one_row_is_read(tiny: Any) -> None:
+    checkpoint = Checkpoint(tiny("opt"))
+    whole = sum(stored_bytes(checkpoint, name) for name in checkpoint.sources)
+    table = "model.decoder.embed_positions.weight"
+    rows = checkpoint.model.get_parameter(table).shape[0]
+    size = stored_bytes(checkpoint, table)
+    assert bytes_per_token(checkpoint) == whole - size + size // rows
+
+
 def test_loaded_linears_share_the_gate_of_their_input(
     cli: Any, tiny: Any, tmp_path: Path, args: list[Any]
 ) -> None:
