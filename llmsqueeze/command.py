@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from llmsqueeze.errors import LlmsqueezeError
-from llmsqueeze.recipe import DTYPES
+from llmsqueeze.methods import Entry
+from llmsqueeze.recipe import DTYPES, config_fields
 
 if TYPE_CHECKING:
     from llmsqueeze.activation import ActivationRecord
@@ -93,6 +94,43 @@ def checkpoint_options(body: Callable[..., None]) -> Callable[..., None]:
     ):  # fmt: skip
         body = option(body)
     return body
+
+
+# Options of calibration_options that are keys of a recipe's calibration, and their names there.
+CALIBRATION = {
+    "calib": "text",
+    "samples": "samples",
+    "seqlen": "seqlen",
+    "seed": "seed",
+    "bos": "bos",
+}
+
+
+def config_options(
+    *tables: dict[str, Entry], without: tuple[str, ...] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """One option per field of the Config classes behind these tables; the defaults stay there."""
+    found = {
+        name: (field, choice)
+        for table in tables
+        for choice in table
+        for name, field in config_fields(table, choice).items()
+        if name not in without
+    }
+
+    def add(body: Callable[..., None]) -> Callable[..., None]:
+        for name, (field, choice) in sorted(found.items(), reverse=True):
+            flag = "--" + name.replace("_", "-")
+            switch = isinstance(field.default, bool)
+            body = click.option(
+                f"{flag}/--no-{flag[2:]}" if switch else flag,
+                type=None if switch else type(field.default),
+                default=None,
+                help=f"[{choice}] {field.metadata['help']}  [default: {field.default}]",
+            )(body)
+        return body
+
+    return add
 
 
 def calibration_options(

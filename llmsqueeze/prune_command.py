@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from llmsqueeze.command import (
+    CALIBRATION,
     CHECKPOINT_HELP,
     calibration_options,
     checkpoint_options,
     common,
+    config_options,
     device_option,
     open_checkpoint,
     site_documents,
@@ -25,7 +26,6 @@ from llmsqueeze.recipe import (
     ORDERS,
     Calibration,
     PruneRecipe,
-    config_fields,
     place_options,
     read_recipe,
 )
@@ -50,36 +50,10 @@ TOP = {
 }
 TOP["batch_size"] = "batch"
 TARGET = {name: name for name in ("sparsity", "pattern", "tile", "channel_budget")}
-CALIBRATION = {
-    "calib": "text",
-    "samples": "samples",
-    "seqlen": "seqlen",
-    "seed": "seed",
-    "bos": "bos",
-}
 
 
 def _summaries(table: dict[str, Entry]) -> str:
     return "\n".join(f"  {name:<11}{entry.summary}" for name, entry in table.items())
-
-
-def method_options(body: Callable[..., None]) -> Callable[..., None]:
-    """One option per field of the methods' Config classes; the defaults stay there."""
-    found = {
-        name: (field, choice)
-        for table in (WEIGHT_METHODS, REFITS, ALLOCATIONS, {"tile": TILE_MODES["tile"]})
-        for choice in table
-        for name, field in config_fields(table, choice).items()
-        if name not in ("mode", "seed")  # these follow from --tiles and --seed
-    }
-    for name, (field, choice) in sorted(found.items(), reverse=True):
-        body = click.option(
-            "--" + name.replace("_", "-"),
-            type=type(field.default),
-            default=None,
-            help=f"[{choice}] {field.metadata['help']}  [default: {field.default}]",
-        )(body)
-    return body
 
 
 def _default(owner: type, field: str) -> str:
@@ -145,7 +119,13 @@ Embeddings and lm_head are never pruned. The model is read and written one block
 @click.option("--ignore", multiple=True, metavar="NAME",
               help="Linear to leave dense: full name, last part (down_proj), or re:REGEX. "
               "Repeatable.")  # fmt: skip
-@method_options
+@config_options(
+    WEIGHT_METHODS,
+    REFITS,
+    ALLOCATIONS,
+    {"tile": TILE_MODES["tile"]},
+    without=("mode", "seed"),  # these follow from --tiles and --seed
+)
 @calibration_options(Calibration().samples, "2048, or what the model has")
 @click.option("--order", type=click.Choice(ORDERS),
               help="group: measure q/k/v, compress, measure o, …: one pass. "

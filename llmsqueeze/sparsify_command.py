@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from llmsqueeze.command import (
+    CALIBRATION,
     CHECKPOINT_HELP,
     activation_document,
     calibration_options,
     checkpoint_options,
     common,
+    config_options,
     device_option,
     open_checkpoint,
 )
@@ -34,33 +35,6 @@ if TYPE_CHECKING:
 
 TOP = ("method", "sparsity", "allocation", "greedy_step", "prefill", "prefix", "sequential",
        "rotate", "ignore", "dtype")  # fmt: skip
-CALIBRATION = {
-    "calib": "text",
-    "samples": "samples",
-    "seqlen": "seqlen",
-    "seed": "seed",
-    "bos": "bos",
-}
-
-
-def _method_options(body: Callable[..., None]) -> Callable[..., None]:
-    """One option per field of the methods' Config classes; the defaults stay there."""
-    for method in reversed(ACTIVATION_METHODS):
-        for name, field in reversed(config_fields(ACTIVATION_METHODS, method).items()):
-            flag = "--" + name.replace("_", "-")
-            text = f"[{method}] {field.metadata['help']}"
-            if isinstance(field.default, bool):
-                declared = f"{flag}/--no-{flag[2:]}"
-                body = click.option(declared, default=None, help=text)(body)
-                continue
-            body = click.option(
-                flag,
-                type=type(field.default),
-                default=None,
-                help=f"{text}  [default: {field.default}]",
-            )(body)
-    return body
-
 
 _SUMMARIES = "\n".join(f"  {name:<9}{entry.summary}" for name, entry in ACTIVATION_METHODS.items())
 
@@ -110,7 +84,7 @@ named.
 @click.option("--ignore", multiple=True, metavar="NAME",
               help="Linear that reads everything: full name, last part (v_proj), or re:REGEX. "
               "Repeatable.")  # fmt: skip
-@_method_options
+@config_options(ACTIVATION_METHODS)
 @calibration_options(DEFAULT_SAMPLES, str(DEFAULT_SEQLEN))
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
 @device_option
