@@ -204,23 +204,11 @@ def convert(
     note: Callable[[str], None] = lambda message: None,
     on_block: Callable[[BlockDone], None] = lambda done: None,
 ) -> Manifest:
-    """Rewrite a checkpoint as `format` ("llmsqueeze" or "dense"), every tensor bit for bit.
-
-    Sites are those of the manifest, or all linears of a plain checkpoint.
-    """
+    """Rewrite a checkpoint as `format` ("llmsqueeze" or "dense"), every tensor bit for bit."""
     check_output(out, overwrite)
     check_not_inside(out, checkpoint.path)
-    known = checkpoint.manifest.sites if checkpoint.manifest else None
     with ArtifactWriter(out, format=format, overwrite=overwrite) as writer:
-        for name in checkpoint.outer_parameters:
-            writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
-        for block in walk(checkpoint, None, frozenset(), torch.float32, torch.device("cpu")):
-            started = time.monotonic()
-            names = [site.name for site in block.sites if known is None or site.name in known]
-            reports = {n: known[n].report if known else {} for n in names}
-            store_block(writer, checkpoint, block.tensors, reports)
-            seconds = time.monotonic() - started
-            on_block(BlockDone(block.index, checkpoint.block_count, seconds))
+        copy_weights(writer, checkpoint, on_block)
         steps = checkpoint.manifest.steps if checkpoint.manifest else []
         gates = checkpoint.activation
         if gates and format == "llmsqueeze":
@@ -231,6 +219,24 @@ def convert(
             note("activation thresholds are left out: the dense form has no place for them")
         writer.write_text("README.md", card.converted_card(checkpoint, source_name, format))
         return writer.publish(checkpoint.config, checkpoint.path, steps, checkpoint.stored_bytes)
+
+
+def copy_weights(
+    writer: ArtifactWriter,
+    checkpoint: Checkpoint,
+    on_block: Callable[[BlockDone], None] = lambda done: None,
+) -> None:
+    """Every tensor bit for bit. Sites are those of the manifest, or all linears of a plain checkpoint."""
+    known = checkpoint.manifest.sites if checkpoint.manifest else None
+    for name in checkpoint.outer_parameters:
+        writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
+    for block in walk(checkpoint, None, frozenset(), torch.float32, torch.device("cpu")):
+        started = time.monotonic()
+        names = [site.name for site in block.sites if known is None or site.name in known]
+        reports = {n: known[n].report if known else {} for n in names}
+        store_block(writer, checkpoint, block.tensors, reports)
+        seconds = time.monotonic() - started
+        on_block(BlockDone(block.index, checkpoint.block_count, seconds))
 
 
 @dataclass(frozen=True)

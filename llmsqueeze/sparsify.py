@@ -22,6 +22,7 @@ from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.compress import (
     BlockDone,
     check_not_inside,
+    copy_weights,
     peak_device_bytes,
     peak_rss_bytes,
     store_block,
@@ -176,14 +177,8 @@ def change_sparsity(
         )
         for name, gate in old.gates.items()
     }
-    known = checkpoint.manifest.sites
     with ArtifactWriter(out, overwrite=overwrite) as writer:
-        for name in checkpoint.outer_parameters:
-            writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
-        for index in range(checkpoint.block_count):
-            block = checkpoint.read(checkpoint.block_parameters(index))
-            sites = {n.removesuffix(".weight") for n in block} & known.keys()
-            store_block(writer, checkpoint, block, {name: known[name].report for name in sites})
+        copy_weights(writer, checkpoint)
         step = {
             "command": "sparsify",
             "recipe": {"method": None, "sparsity": sparsity, "prefill": policy},
