@@ -31,6 +31,7 @@ from llmsqueeze.compress import (
 from llmsqueeze.device import calibration_dtype, exact_matmul, worker
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.gate_calibration import ALREADY_SPARSE, calibrate_block, choose_gates
+from llmsqueeze.methods.greedy import MOST
 from llmsqueeze.numerics.histogram import read_curve
 from llmsqueeze.recipe import Calibration, is_ignored
 from llmsqueeze.rotation import rotate
@@ -154,8 +155,8 @@ def change_sparsity(
 ) -> Manifest:
     """Write the checkpoint with other thresholds, read off its stored curves: no calibration.
 
-    Every gate drops `sparsity` of its inputs. RecipeError for R-Sparse, whose branches were sized for
-    one sparsity.
+    Uniform shares stay uniform, greedily allocated ones are scaled (see _scaled_share). RecipeError for
+    R-Sparse, whose branches were sized for one sparsity.
     """
     check_output(out, overwrite)
     check_not_inside(out, checkpoint.path)
@@ -165,18 +166,22 @@ def change_sparsity(
         raise RecipeError(
             "low-rank branches were made for one sparsity; name --method to calibrate again"
         )
-    if not 0 <= sparsity <= 0.95:
-        raise RecipeError(f"sparsity {sparsity} is outside [0, 0.95]")
+    if not 0 <= sparsity <= MOST:
+        raise RecipeError(f"sparsity {sparsity} is outside [0, {MOST}]")
     policy = str(Policy.parse(prefill or old.prefill))
     tensors = checkpoint.read_activation()
-    gates = {
-        name: dataclasses.replace(
+    steps = checkpoint.manifest.steps
+    before = next(s["recipe"]["sparsity"] for s in reversed(steps) if s["command"] == "sparsify")
+    gates = {}
+    for name, gate in old.gates.items():
+        # A gate that only drops exact zeros has forgotten which share it was given.
+        share = before if gate.sparsity == gate.zeros else gate.sparsity
+        share = _scaled_share(share, before, sparsity)
+        gates[name] = dataclasses.replace(
             gate,
-            sparsity=max(sparsity, gate.zeros),
-            threshold=read_curve(tensors[f"{name}.curve"], sparsity),
+            sparsity=max(share, gate.zeros),
+            threshold=read_curve(tensors[f"{name}.curve"], share),
         )
-        for name, gate in old.gates.items()
-    }
     with ArtifactWriter(out, overwrite=overwrite) as writer:
         copy_weights(writer, checkpoint)
         step = {
@@ -191,6 +196,16 @@ def change_sparsity(
         }
         record = writer.add_activation(old.method, policy, gates, tensors)
         return _publish(writer, checkpoint, source_name, step, record)
+
+
+def _scaled_share(share: float, before: float, after: float) -> float:
+    """What a gate drops when shares of mean `before` are to have the mean `after`.
+
+    Downwards what is dropped is scaled, upwards what is kept: linear, so any weighted mean ends at `after`.
+    """
+    if after <= before:
+        return share * after / before if before else 0.0
+    return min(1 - (1 - share) * (1 - after) / (1 - before), MOST)
 
 
 @contextlib.contextmanager

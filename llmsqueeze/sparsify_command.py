@@ -48,7 +48,7 @@ _SUMMARIES = "\n".join(f"  {name:<9}{entry.summary}" for name, entry in ACTIVATI
 Methods:
 {_SUMMARIES}
 
-Without --method: teal. With --allocation greedy it lost least at equal bytes in README.
+Without --method: teal, which with greedy allocation lost least at equal bytes in README.
 
 Weights stay as they are. Decoding then reads only the weights of inputs whose magnitude exceeds the
 threshold of their channel; which tokens of a prompt are gated as well is --prefill. A checkpoint that
@@ -65,10 +65,11 @@ named.
               help=f"Which inputs count least.  [default: {DEFAULT_ACTIVATION_METHOD}]")  # fmt: skip
 @click.option("--sparsity", type=float, help="Share of inputs to drop, 0 to 0.95.  [default: 0.5]")
 @click.option("--allocation", type=click.Choice(ALLOCATIONS),
-              help="uniform: the same share everywhere; greedy: within each block what costs its output "
-              "least, --sparsity of its bytes.  [default: uniform]")  # fmt: skip
+              help="uniform: the same share everywhere; greedy: half of it everywhere, the rest where it "
+              "costs the block's output least, --sparsity of its bytes.  "
+              "[default: greedy; rsparse: uniform]")  # fmt: skip
 @click.option("--greedy-step", type=float,
-              help="[greedy] Share of the bytes that one step gives away.  [default: 0.05]")  # fmt: skip
+              help="[greedy] Share of the bytes that one step gives away.  [default: 0.025]")  # fmt: skip
 @click.option("--prefill", metavar="POLICY",
               help="Prompt tokens that are gated when the checkpoint runs: dense (none), tail:SHARE, "
               "after:TOKENS or all.  [default: dense]")  # fmt: skip

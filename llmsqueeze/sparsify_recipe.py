@@ -13,7 +13,7 @@ from llmsqueeze.methods.greedy import MOST
 from llmsqueeze.recipe import DTYPES, Calibration, check_ignore, make_config, take_section
 
 ALLOCATIONS = ("uniform", "greedy")
-# The best of the table in README at equal bytes; WINA gains where column norms differ more.
+# The best of the table in README at equal bytes.
 DEFAULT_ACTIVATION_METHOD = "teal"
 # What o sees shrinks with the length of the text: thresholds are for windows as long as these.
 DEFAULT_SAMPLES, DEFAULT_SEQLEN = 8, 2048
@@ -35,7 +35,7 @@ class SparsifyRecipe:
     config: Any
     sparsity: float = 0.5
     allocation: str = "uniform"
-    greedy_step: float = 0.05
+    greedy_step: float = 0.025
     prefill: str = "dense"
     prefix: int = 4
     sequential: bool = True
@@ -77,7 +77,12 @@ class SparsifyRecipe:
         raw = dict(raw)
         calibration = take_section(raw, "calibration", _names(Calibration))
         method = raw.pop("method", None) or DEFAULT_ACTIVATION_METHOD
-        config = make_config(activation_method(method), method, raw.pop("config", None))
+        module = activation_method(method)
+        config = make_config(module, method, raw.pop("config", None))
+        # Greedy lost least in README's table; a method with branches divides its budget by itself.
+        allocation = raw.pop("allocation", None) or (
+            "uniform" if hasattr(module, "branch") else "greedy"
+        )
         for key in raw:
             if key not in _names(cls):
                 raise RecipeError(f"recipe: unknown key {key!r}")
@@ -85,6 +90,7 @@ class SparsifyRecipe:
             return cls(
                 method=method,
                 config=config,
+                allocation=allocation,
                 calibration=Calibration(**{"samples": DEFAULT_SAMPLES, **calibration}),
                 ignore=tuple(raw.pop("ignore", None) or ()),
                 **raw,

@@ -43,12 +43,15 @@ def made(cli: Any, source: Path, out: Path, *options: Any) -> dict[str, Any]:
     return document
 
 
+UNIFORM = ("--allocation", "uniform")
+
+
 @pytest.mark.parametrize("method", ["teal", "wina", "chess", "rsparse"])
 def test_thresholds_run_and_drop_what_was_asked(
     cli: Any, tiny: Any, tmp_path: Path, text_file: Path, args: list[Any], method: str
 ) -> None:
     source, out = tiny(), tmp_path / "out"
-    document = made(cli, source, out, "--method", method, "--sparsity", 0.4, *args)
+    document = made(cli, source, out, "--method", method, "--sparsity", 0.4, *UNIFORM, *args)
     assert document["method"] == method and document["prefill"] == "dense"
     gates = document["gates"]
     expected = 9 if method == "chess" else 12
@@ -153,7 +156,7 @@ def test_other_sparsities_come_from_the_stored_curves(
     cli: Any, tiny: Any, tmp_path: Path, args: list[Any]
 ) -> None:
     source, half, less, direct = tiny(), *(tmp_path / n for n in ("half", "less", "direct"))
-    options = ["--no-sequential", *args]
+    options = ["--no-sequential", *UNIFORM, *args]
     made(cli, source, half, "--sparsity", 0.5, *options)
     made(cli, half, less, "--sparsity", 0.3, "--prefill", "tail:0.5", "--json", "-q")
     made(cli, source, direct, "--sparsity", 0.3, *options)
@@ -169,6 +172,35 @@ def test_other_sparsities_come_from_the_stored_curves(
     assert result.exit_code == 2 and "--method" in result.stderr
 
 
+@pytest.mark.parametrize("after", [0.1, 0.2, 0.5, 0.7])
+def test_greedy_shares_keep_their_proportions(
+    cli: Any, tiny: Any, tmp_path: Path, args: list[Any], after: float
+) -> None:
+    half, other = tmp_path / "half", tmp_path / "other"
+    made(cli, tiny(), half, "--sparsity", 0.5, *args)  # greedy is the default
+    made(cli, half, other, "--sparsity", after, "-q", "--json")
+    made(cli, other, tmp_path / "back", "--sparsity", after, "-q", "--json")
+    records = [Checkpoint(path).activation for path in (half, other, tmp_path / "back")]
+    shares = [{n: g.sparsity for n, g in r.gates.items()} for r in records if r is not None]
+    assert len(set(shares[0].values())) > 1
+    for name, share in shares[0].items():
+        scaled = share * after / 0.5 if after <= 0.5 else 1 - (1 - share) * (1 - after) / 0.5
+        assert shares[1][name] == pytest.approx(scaled) == shares[2][name]
+    for index in range(3):
+        assert saved_share(Checkpoint(other), index) == pytest.approx(after, abs=1e-6)
+
+
+def saved_share(checkpoint: Checkpoint, block: int) -> float:
+    """The share of a block's gated bytes that is not read."""
+    assert checkpoint.activation is not None
+    weights, saved = 0, 0.0
+    for name, gate in checkpoint.activation.gates.items():
+        if name.startswith(f"model.layers.{block}."):
+            size = sum(stored_bytes(checkpoint, f"{m}.weight") for m in gate.members)
+            weights, saved = weights + size, saved + size * gate.sparsity
+    return saved / weights
+
+
 def test_greedy_divides_the_blocks_budget(
     cli: Any, tiny: Any, tmp_path: Path, args: list[Any]
 ) -> None:
@@ -176,20 +208,9 @@ def test_greedy_divides_the_blocks_budget(
     made(cli, tiny(), out, "--method", "teal", "--allocation", "greedy", "--sparsity", 0.5, *args)
     checkpoint = Checkpoint(out)
     assert checkpoint.activation is not None
-    different = set()
     for index in range(3):
-        gates = {
-            n: g
-            for n, g in checkpoint.activation.gates.items()
-            if n.startswith(f"model.layers.{index}.")
-        }
-        size = {
-            n: sum(stored_bytes(checkpoint, f"{m}.weight") for m in g.members)
-            for n, g in gates.items()
-        }
-        saved = sum(size[n] * g.sparsity for n, g in gates.items()) / sum(size.values())
-        assert saved == pytest.approx(0.5, abs=1e-6)
-        different |= {g.sparsity for g in gates.values()}
+        assert saved_share(checkpoint, index) == pytest.approx(0.5, abs=1e-6)
+    different = {gate.sparsity for gate in checkpoint.activation.gates.values()}
     assert len(different) > 3
 
 
@@ -199,7 +220,7 @@ def test_models_that_are_sparse_already_lose_nothing(
 ) -> None:
     source = tiny("llama", hidden_act=activation, mlp_bias=False)
     out = tmp_path / "out"
-    document = made(cli, source, out, "--sparsity", 0.3, *args)
+    document = made(cli, source, out, "--sparsity", 0.3, *UNIFORM, *args)
     downs = {n: g for n, g in document["gates"].items() if n.endswith("down_proj")}
     assert set(document["already_sparse"]) == set(downs)
     for gate in downs.values():
@@ -211,7 +232,7 @@ def test_calibration_matches_hooks_on_the_whole_model(
 ) -> None:
     """Not sequential: the threshold is the quantile of |x|·‖W‖ over what the dense model sees."""
     source, out = tiny(dtype="float32"), tmp_path / "out"
-    made(cli, source, out, "--method", "wina", "--no-sequential", *args)
+    made(cli, source, out, "--method", "wina", "--no-sequential", *UNIFORM, *args)
     checkpoint = Checkpoint(out)
     record = checkpoint.activation
     assert record is not None
@@ -239,7 +260,9 @@ def test_sequential_gates_see_what_earlier_gates_leave(tiny: Any) -> None:
     tokens = torch.randint(3, 150, (8, 32), generator=torch.Generator().manual_seed(1))
     batches = cut_batches(tokens, 4, 0)
     for sequential in (False, True):
-        recipe = SparsifyRecipe.from_dict({"sparsity": 0.6, "sequential": sequential})
+        recipe = SparsifyRecipe.from_dict(
+            {"sparsity": 0.6, "sequential": sequential, "allocation": "uniform"}
+        )
         parts = {}
         for loaded in load_blocks(checkpoint, tokens, FP32, CPU, batches):
             assert loaded.run is not None

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 # No gate drops more than this.
 MOST = 0.95
+# Every gate first drops this part of the target: steps from nothing leave whole gates open, since what
+# the first inputs cost is too little to be told apart by the block's output.
+EVEN = 0.5
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,16 @@ def allocate(
     target: float,
     step: float,
 ) -> list[GreedyStep]:
-    """Raise one gate at a time, always the one that costs least, until `target` is saved.
+    """From EVEN · target at every gate, raise one at a time, always the one that costs least.
 
     error: of the block's output when the gates drop these shares. weight: gate → bytes that it decides
     about. target: the mean of the shares, weighted so, in [0, MOST]. step: share of all bytes that one
-    step saves;
-    the last step is shortened to end at the target.
+    step saves; the last step is shortened to end at the target. The path is empty at target 0.
     """
     total = sum(weight.values())
-    shares = dict.fromkeys(weight, 0.0)
+    saved = EVEN * target
+    shares = dict.fromkeys(weight, saved)
     path: list[GreedyStep] = []
-    saved = 0.0
     while saved < target - 1e-9:
         amount = min(step, target - saved) * total
         trials = {}

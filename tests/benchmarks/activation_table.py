@@ -31,10 +31,10 @@ from llmsqueeze.sparsify_recipe import SparsifyRecipe
 from llmsqueeze.traffic import bytes_per_token
 
 METHODS: dict[str, dict[str, Any]] = {
-    "teal": {"method": "teal"},
-    "wina": {"method": "wina"},
-    "chess": {"method": "chess"},
-    "rsparse": {"method": "rsparse"},
+    **{
+        name: {"method": name, "allocation": "uniform"}
+        for name in ("teal", "wina", "chess", "rsparse")
+    },
     "teal greedy": {"method": "teal", "allocation": "greedy"},
     "wina greedy": {"method": "wina", "allocation": "greedy"},
 }

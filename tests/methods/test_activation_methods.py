@@ -259,20 +259,21 @@ def test_greedy_ends_at_the_target_and_beats_uniform(target: float) -> None:
 
 
 def test_greedy_takes_the_cheapest_step_each_time() -> None:
-    costs = {"a": 1.0, "b": 2.0}
+    costs = {"a": 1.0, "b": 1.9}
     seen: list[dict[str, float]] = []
 
     def error(shares: Mapping[str, float]) -> float:
         seen.append(dict(shares))
         return sum(costs[n] * s**2 for n, s in shares.items())
 
-    path = greedy.allocate(error, {"a": 1.0, "b": 1.0}, 0.3, 0.1)
-    assert [step.sparsity for step in path] == [
-        pytest.approx({"a": 0.2, "b": 0.0}),
-        pytest.approx({"a": 0.2, "b": 0.2}),
-        pytest.approx({"a": 0.4, "b": 0.2}),
+    path = greedy.allocate(error, {"a": 1.0, "b": 1.0}, 0.6, 0.1)
+    assert [step.sparsity for step in path] == [  # from 0.3 each
+        pytest.approx({"a": 0.5, "b": 0.3}),
+        pytest.approx({"a": 0.7, "b": 0.3}),
+        pytest.approx({"a": 0.7, "b": 0.5}),
     ]
     assert len(seen) == 6
+    assert greedy.allocate(error, {"a": 1.0}, 0.0, 0.1) == []
 
 
 def test_every_method_has_what_the_table_promises() -> None:
