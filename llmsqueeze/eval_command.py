@@ -40,6 +40,9 @@ cross-entropy over seqlen-1 predictions per window. Not comparable with word per
 
 A checkpoint with activation thresholds is measured as it decodes: every token but the first few goes
 through the gates (--gate), whatever it does with prompts. What the gates dropped is measured beside.
+
+With --kv-cache every key and value is quantised as it is cached, the prompt's and the newest token's
+included, and attention sees only what was read back. Bits are those allocated, scales included.
 """,
 )
 @click.argument("checkpoint")
@@ -58,6 +61,9 @@ through the gates (--gate), whatever it does with prompts. What the gates droppe
               help="Tokens of a window that are gated: after:TOKENS, tail:SHARE, all or dense. TEAL is "
               "published with tail:0.5, R-Sparse tail:0.9, WINA tail:0.99, CHESS all."
               f"  [default: {DEFAULT_GATE}]")  # fmt: skip
+@click.option("--kv-cache", metavar="FORMAT",
+              help="Quantise the KV cache: fp8, rotate:4, rotate:3 or rotate:2 (Hadamard and the best codes "
+              "of a normal distribution; no calibration).  [default: as the model's]")  # fmt: skip
 @device_option
 @checkpoint_options
 @common
@@ -71,6 +77,7 @@ def evaluate(
     bos: bool,
     dtype: str,
     gate: str | None,
+    kv_cache: str | None,
     device: str,
     offline: bool,
     cache_dir: Path,
@@ -90,8 +97,10 @@ def evaluate(
     from llmsqueeze.plan import check_vocabulary, window_length
     from llmsqueeze.runtime import load
     from llmsqueeze.runtime.gates import gating_of
+    from llmsqueeze.runtime.kv_cache import KvFormat, bits_per_element, packed_cache
 
     policy = Policy.parse(gate or DEFAULT_GATE)
+    kv_format = KvFormat.parse(kv_cache) if kv_cache else None
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     if gate and opened.activation is None:
@@ -108,22 +117,34 @@ def evaluate(
         check_vocabulary(made.tokens, source)
         return made
 
-    def measure(source: Checkpoint, label: str) -> tuple[Perplexity, Gating | None]:
+    caches: list[Any] = []
+
+    def measure(
+        source: Checkpoint, label: str, kv_format: KvFormat | None = None
+    ) -> tuple[Perplexity, Gating | None]:
         model = load(source, precision, where)
+
+        def new_cache() -> Any:
+            caches[:] = [packed_cache(model.config, kv_format)] if kv_format else []
+            return caches[0]
+
         gating = gating_of(model)
         if gating:
             gating.policy = policy
             gating.count()
         with console.steps() as progress:
             found = perplexity(
-                model, cutting.tokens, lambda d, t: progress(f"{label} window", d, t, "")
+                model,
+                cutting.tokens,
+                lambda d, t: progress(f"{label} window", d, t, ""),
+                new_cache if kv_format else None,
             )
         return found, gating
 
     cutting = cut(opened)
     if other and not torch.equal(cut(other[0]).tokens, cutting.tokens):
         raise RecipeError(f"{against} and {checkpoint} tokenise the text differently")
-    mine, gating = measure(opened, "eval")
+    mine, gating = measure(opened, "eval", kv_format)
     document: dict[str, Any] = {
         "checkpoint": name,
         "token_ppl": mine.token_ppl,
@@ -147,6 +168,14 @@ def evaluate(
         "text": f"{cutting.source}, {mine.windows} windows, {mine.tokens} predictions",
         "dtype": document["dtype"],
     }
+    if kv_format:
+        bits = bits_per_element(caches[0])
+        document["kv_cache"] = {
+            "format": str(kv_format),
+            "bits_per_element": bits,
+            "quantised": "every update",
+        }
+        rows["kv cache"] = f"{kv_format}, {bits:.2f} bits per element, quantised at every update"
     if gating:
         document["activation"] = measured = _activation(opened, gating, policy)
         rows |= _activation_rows(measured)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,21 +40,25 @@ def perplexity(
     model: torch.nn.Module,
     windows: Tensor,
     on_window: Callable[[int, int], None] = lambda done, total: None,
+    cache: Callable[[], Any] | None = None,
 ) -> Perplexity:
     """Perplexity of a causal language model on [windows, L] token ids.
 
-    Logits are taken in the model's dtype, losses in fp32, their mean in fp64. Raises CalibrationError
-    if a window's loss is not finite.
+    cache: makes the KV cache of a batch of windows, whose keys and values attention then sees; None for
+    no cache. Logits are taken in the model's dtype, losses in fp32, their mean in fp64. Raises
+    CalibrationError if a window's loss is not finite.
     """
     device = next(model.parameters()).device
     count, seqlen = windows.shape
     batch = 1 if device.type == "cpu" else max(1, GPU_BATCH_TOKENS // seqlen)
     started = time.monotonic()
     losses: list[float] = []
+    argument = cache_argument(model)
     with exact_matmul():
         for start in range(0, count, batch):
             ids = windows[start : start + batch].to(device)
-            logits = model(ids, use_cache=False).logits
+            past = {argument: cache()} if cache else {}
+            logits = model(ids, use_cache=cache is not None, **past).logits
             losses.extend(_window_losses(logits, ids).tolist())
             on_window(len(losses), count)
     if not all(math.isfinite(loss) for loss in losses):
@@ -68,6 +74,12 @@ def perplexity(
         tokens=count * (seqlen - 1),
         seconds=time.monotonic() - started,
     )
+
+
+def cache_argument(model: torch.nn.Module) -> str:
+    """What the KV cache is called when it is given to the model: transformers 5.24 changed the name."""
+    known = inspect.signature(model.forward).parameters
+    return "cache" if "cache" in known else "past_key_values"
 
 
 def _window_losses(logits: Tensor, ids: Tensor) -> Tensor:

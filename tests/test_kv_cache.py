@@ -1,0 +1,293 @@
+"""The packed KV cache: what it holds, what attention sees, and that transformers can use it."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.evaluate import cache_argument, perplexity
+from llmsqueeze.numerics.codebook import normal_codebook
+from llmsqueeze.numerics.hadamard import hadamard
+from llmsqueeze.runtime import load
+from llmsqueeze.runtime.kv_cache import KvFormat, PackedLayer, bits_per_element, packed_cache
+from tests.conftest import tiny_model
+
+FORMATS = [KvFormat.parse(text) for text in ("fp8", "rotate:4", "rotate:3", "rotate:2")]
+FAMILIES = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "opt",
+    "gpt_neox",
+]
+
+
+class Identity(KvFormat):
+    """Sixteen bits and more: the plumbing alone."""
+
+    def __init__(self) -> None:
+        pass
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x[..., :1]
+
+    def decode(self, codes: Tensor, scale: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        return codes
+
+
+def vectors(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def read_back(format: KvFormat, x: Tensor) -> Tensor:
+    codes, scale = format.encode(x)
+    return format.decode(codes, scale, x.shape[-1], torch.float32)
+
+
+# The formats
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_rotate_by_its_definition(bits: int) -> None:
+    x = vectors(7, 24) * torch.tensor([0.01, 1, 300.0])[torch.arange(7) % 3, None]
+    codebook = normal_codebook(bits).tolist()
+    found = read_back(KvFormat("rotate", bits), x)
+    for row, got in zip(x.double(), found, strict=True):
+        turned = hadamard(row).tolist()
+        rms = math.sqrt(sum(v * v for v in turned) / len(turned))
+        coded = [min(codebook, key=lambda c, v=v: abs(v / rms - c)) for v in turned]  # type: ignore[misc]
+        scale = sum(v * c for v, c in zip(turned, coded, strict=True)) / sum(c * c for c in coded)
+        expected = hadamard(torch.tensor(coded).double() * scale)
+        assert torch.allclose(got.double(), expected, rtol=1e-3, atol=2e-3 * rms)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_rotate_loses_what_the_theory_says(bits: int) -> None:
+    error = {2: 0.1175, 3: 0.03454, 4: 0.009497}[bits]  # Max 1960, per unit of power
+    x = vectors(4000, 128) * torch.logspace(-0.5, 0.5, 128)  # channels differ
+    lost = (read_back(KvFormat("rotate", bits), x) - x).square().sum(1) / x.square().sum(1)
+    assert float(lost.mean()) == pytest.approx(error, rel=0.1)
+
+
+def test_fp8_rounds_to_its_four_significant_bits() -> None:
+    x = vectors(500, 64)
+    found = read_back(KvFormat("fp8", 8), x)
+    scale = x.abs().amax(dim=1, keepdim=True) / 448
+    # Half a unit in the last of 4 significant bits; below 2^-6 of the scale steps stop shrinking.
+    bound = torch.maximum(x.abs() / 16, scale * 2**-10) * 1.002
+    assert bool(((found - x).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_zeros_and_extremes(format: KvFormat) -> None:
+    zeros = torch.zeros(2, 16)
+    assert torch.equal(read_back(format, zeros), zeros)
+    for size in (1e-3, 1e4):
+        x = vectors(3, 16) * size
+        assert float((read_back(format, x) - x).norm() / x.norm()) < 0.5
+    spike = torch.zeros(1, 16)
+    spike[0, 3] = 5.0
+    assert bool(torch.isfinite(read_back(format, spike)).all())
+
+
+@pytest.mark.parametrize(
+    "text", ["", "fp4", "rotate", "rotate:5", "rotate:4:4", "rotate:x", "fp8:8"]
+)
+def test_formats_that_are_none(text: str) -> None:
+    with pytest.raises(RecipeError, match="use fp8, or rotate:4"):
+        KvFormat.parse(text)
+
+
+@pytest.mark.parametrize(("method", "bits"), [("fp8", 4), ("rotate", 8), ("kivi", 2)])
+def test_settings_that_do_not_exist(method: str, bits: int) -> None:
+    with pytest.raises(RecipeError, match="no KV-cache format"):
+        KvFormat(method, bits)
+
+
+# The layer
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_token_by_token_is_all_at_once(format: KvFormat) -> None:
+    keys, values = vectors(2, 3, 11, 20), vectors(2, 3, 11, 20, seed=1)
+    whole, pieces = PackedLayer(format), PackedLayer(format)
+    seen = whole.update(keys, values)
+    start = 0
+    for length in (1, 1, 5, 4):
+        stop = start + length
+        got = pieces.update(keys[:, :, start:stop], values[:, :, start:stop])
+        for part, expected in zip(got, seen, strict=True):
+            assert torch.equal(part, expected[:, :, :stop])
+        start = stop
+        assert pieces.get_seq_length() == stop
+    for one, other in zip(whole._parts(), pieces._parts(), strict=True):
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_the_first_update_is_quantised_already(format: KvFormat) -> None:
+    """transformers' own quantised cache returns what it was given at first: a false zero error."""
+    keys, values = vectors(1, 2, 9, 16), vectors(1, 2, 9, 16, seed=1)
+    for x, seen in zip((keys, values), PackedLayer(format).update(keys, values), strict=True):
+        assert torch.equal(seen, read_back(format, x)) and not torch.equal(seen, x)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("width", [16, 20, 64, 80, 128])
+def test_bits_are_those_allocated(format: KvFormat, width: int) -> None:
+    cache = DynamicCache()
+    cache.layers = [PackedLayer(format), PackedLayer(format)]
+    for layer in cache.layers:
+        assert layer.nbytes == layer.elements == 0
+        for length in (5, 1, 1):
+            layer.update(vectors(2, 3, length, width), vectors(2, 3, length, width))
+        layer.crop(-2)
+        assert layer.elements == 2 * 2 * 3 * 5 * width
+        assert layer.nbytes * 8 == pytest.approx(layer.elements * format.bits_per_element(width))
+    assert bits_per_element(cache) == pytest.approx(format.bits_per_element(width))
+    expected = {"fp8": 8, "rotate:4": 4, "rotate:3": 3, "rotate:2": 2}[str(format)]
+    codes = width if expected == 8 else math.ceil(width / 8) * expected
+    assert format.bits_per_element(width) == 8 * (codes + 2) / width
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_rows_and_tokens_can_be_taken_away(format: KvFormat) -> None:
+    keys, values = vectors(3, 2, 6, 16), vectors(3, 2, 6, 16, seed=1)
+    nothing = keys[:, :, :0]
+
+    def held(change: Any) -> tuple[Tensor, Tensor]:
+        layer = PackedLayer(format)
+        layer.update(keys, values)
+        change(layer)
+        return layer.update(*(x[: layer.key_scales.shape[0]] for x in (nothing, nothing)))
+
+    full = held(lambda layer: layer.crop(0))
+    order = torch.tensor([2, 0, 2])
+    for got, want in zip(held(lambda layer: layer.crop(-4)), full, strict=True):
+        assert torch.equal(got, want[:, :, :2])
+    for change in ("reorder_cache", "batch_select_indices"):
+        for got, want in zip(
+            held(lambda layer, name=change: getattr(layer, name)(order)), full, strict=True
+        ):
+            assert torch.equal(got, want[order])
+    layer = PackedLayer(format)
+    layer.update(keys, values)
+    layer.batch_repeat_interleave(2)
+    nothing = nothing.repeat(2, 1, 1, 1)
+    for got, want in zip(layer.update(nothing, nothing), full, strict=True):
+        assert torch.equal(got, want.repeat_interleave(2, dim=0))
+    layer.reset()
+    assert layer.get_seq_length() == 0
+    with pytest.raises(ValueError, match="negative"):
+        layer.crop(2)
+
+
+# In a model
+
+
+def generated(model: Any, cache: Any, ids: Tensor, **options: Any) -> list[list[int]]:
+    out = model.generate(
+        ids, **{cache_argument(model): cache}, do_sample=False, max_new_tokens=12, eos_token_id=None,
+        **options,
+    )  # fmt: skip
+    found: list[list[int]] = out[:, ids.shape[1] :].tolist()
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("beams", [1, 3])
+def test_without_loss_generation_is_that_of_the_dynamic_cache(family: str, beams: int) -> None:
+    model = tiny_model(family)
+    ids = torch.randint(3, 150, (2, 9), generator=torch.Generator().manual_seed(3))
+    options = {"attention_mask": torch.ones_like(ids), "num_beams": beams}
+    expected = generated(model, DynamicCache(config=model.config), ids, **options)
+    if family == "mistral":
+        with pytest.raises(RecipeError, match="no layer of full attention"):
+            packed_cache(model.config, Identity())
+        return
+    cache = packed_cache(model.config, Identity())
+    kinds = [type(layer).__name__ for layer in cache.layers]
+    assert len(kinds) == model.config.num_hidden_layers
+    assert kinds.count("PackedLayer") == (2 if family.startswith("gemma") else len(kinds))
+    assert generated(model, cache, ids, **options) == expected
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_a_padded_batch_is_two_single_runs(family: str, format: KvFormat) -> None:
+    model = tiny_model(family)
+    long, short = (
+        torch.randint(3, 150, (1, n), generator=torch.Generator().manual_seed(n)) for n in (9, 5)
+    )
+    ids = torch.cat([long, torch.nn.functional.pad(short, (4, 0))])
+    mask = (ids != 0).long()
+    together = generated(model, packed_cache(model.config, format), ids, attention_mask=mask)
+    for row, one in enumerate((long, short)):
+        alone = generated(
+            model, packed_cache(model.config, format), one, attention_mask=torch.ones_like(one)
+        )
+        assert together[row] == alone[0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_one_pass_over_a_text_is_decoding_it(tiny: Any, family: str) -> None:
+    model = load(Checkpoint(tiny(family, "float32")), torch.float32, torch.device("cpu"))
+    ids = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
+    format, argument = KvFormat("rotate", 2), cache_argument(model)
+
+    def make() -> DynamicCache:
+        return packed_cache(model.config, format)
+
+    cache = make()
+    with torch.no_grad():
+        steps = [
+            model(ids[:, t : t + 1], **{argument: cache}, use_cache=True).logits for t in range(20)
+        ]
+        whole = model(ids, **{argument: make()}, use_cache=True).logits
+        exact = model(ids).logits
+    assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-4)
+    assert float((whole - exact).abs().max()) > 0.01
+    lossy, free = perplexity(model, ids, cache=make), perplexity(model, ids)
+    logs = torch.cat(steps, dim=1).double().log_softmax(-1)
+    losses = -logs[:, :-1].gather(2, ids[:, 1:, None]).mean()
+    assert lossy.token_ppl == pytest.approx(float(losses.exp()), rel=1e-4)
+    assert lossy.token_ppl != pytest.approx(free.token_ppl, rel=1e-4)
+
+
+@pytest.mark.parametrize("format", FORMATS, ids=str)
+def test_eval_reports_format_and_bits(
+    cli: Any, tiny: Any, text_file: Path, format: KvFormat
+) -> None:
+    args = ["eval", tiny(), "--text", text_file, "--seqlen", 40, "--windows", 3, "--device", "cpu"]
+    result = cli(*args, "--kv-cache", str(format), "--against", tiny(), "--json", "-q")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["kv_cache"] == {
+        "format": str(format),
+        "bits_per_element": pytest.approx(format.bits_per_element(10)),
+        "quantised": "every update",
+    }
+    # The same weights on both sides: what differs is the cache, of CHECKPOINT alone.
+    assert document["ratio"] != 1 and document["ratio"] == pytest.approx(1, abs=0.2)
+    plain = json.loads(cli(*args, "--json", "-q").stdout)
+    assert plain["token_ppl"] == document["dense_token_ppl"] and "kv_cache" not in plain
+
+
+def test_eval_refuses_what_it_cannot_pack(cli: Any, tiny: Any) -> None:
+    result = cli("eval", tiny(), "--kv-cache", "int4")
+    assert result.exit_code == 2 and "rotate:4" in result.stderr
+    result = cli("eval", tiny("mistral"), "--kv-cache", "fp8", "--device", "cpu")
+    assert result.exit_code == 2 and "full attention" in result.stderr
