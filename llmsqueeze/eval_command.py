@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +22,25 @@ if TYPE_CHECKING:
     from llmsqueeze.activation import Policy
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import Console
-    from llmsqueeze.runtime.gates import Gating
+    from llmsqueeze.evaluate import Perplexity
+    from llmsqueeze.passkey import Retrieval
 
 # As text is decoded: every token but the first few, which in many models all others lean on.
 DEFAULT_GATE = "after:4"
 # Gaps between the share of inputs that gates drop and the one they were calibrated for, worth a warning.
 MEAN_DRIFT, SITE_DRIFT = 0.01, 0.03
+PASSKEY_PROMPTS = 20
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found out about one checkpoint. dropped: share of inputs by gate, of one with gates;
+    kv_bits: by element, with a packed cache."""
+
+    perplexity: Perplexity
+    dropped: dict[str, float] | None
+    kv_bits: float | None
+    retrieval: Retrieval | None
 
 
 @click.command(
@@ -40,6 +54,9 @@ cross-entropy over seqlen-1 predictions per window. Not comparable with word per
 
 A checkpoint with activation thresholds is measured as it decodes: every token but the first few goes
 through the gates (--gate), whatever it does with prompts. What the gates dropped is measured beside.
+
+--passkey also hides a five-digit key at 20 depths of a text of --seqlen tokens, and asks for it: what
+perplexity hardly notices.
 
 With --kv-cache every key and value is quantised as it is cached, the prompt's and the newest token's
 included, and attention sees only what was read back. Bits are those allocated, scales included.
@@ -64,6 +81,8 @@ included, and attention sees only what was read back. Bits are those allocated, 
 @click.option("--kv-cache", metavar="FORMAT",
               help="Quantise the KV cache: fp8, rotate:4, rotate:3 or rotate:2 (Hadamard and the best codes "
               "of a normal distribution; no calibration).  [default: as the model's]")  # fmt: skip
+@click.option("--passkey", is_flag=True,
+              help="Also measure how often a key hidden in a long text is found.")  # fmt: skip
 @device_option
 @checkpoint_options
 @common
@@ -78,6 +97,7 @@ def evaluate(
     dtype: str,
     gate: str | None,
     kv_cache: str | None,
+    passkey: bool,
     device: str,
     offline: bool,
     cache_dir: Path,
@@ -91,9 +111,16 @@ def evaluate(
 
     from llmsqueeze.activation import Policy
     from llmsqueeze.console import facts
-    from llmsqueeze.data import Windows, evaluation_windows, load_tokenizer
+    from llmsqueeze.data import (
+        BUNDLED_EVALUATION,
+        Windows,
+        bundled_text,
+        evaluation_windows,
+        load_tokenizer,
+    )
     from llmsqueeze.device import choose_device, evaluation_dtype
-    from llmsqueeze.evaluate import Perplexity, perplexity
+    from llmsqueeze.evaluate import perplexity
+    from llmsqueeze.passkey import make_prompts, retrieve
     from llmsqueeze.plan import check_vocabulary, window_length
     from llmsqueeze.runtime import load
     from llmsqueeze.runtime.gates import gating_of
@@ -117,34 +144,47 @@ def evaluate(
         check_vocabulary(made.tokens, source)
         return made
 
-    caches: list[Any] = []
-
-    def measure(
-        source: Checkpoint, label: str, kv_format: KvFormat | None = None
-    ) -> tuple[Perplexity, Gating | None]:
+    def measure(source: Checkpoint, label: str, kv_format: KvFormat | None = None) -> Measured:
         model = load(source, precision, where)
-
-        def new_cache() -> Any:
-            caches[:] = [packed_cache(model.config, kv_format)] if kv_format else []
-            return caches[0]
-
         gating = gating_of(model)
         if gating:
             gating.policy = policy
             gating.count()
+        last: list[Any] = []
+
+        def new_cache() -> Any:
+            assert kv_format is not None
+            last[:] = [packed_cache(model.config, kv_format)]
+            return last[0]
+
+        cache = new_cache if kv_format else None
         with console.steps() as progress:
             found = perplexity(
                 model,
                 cutting.tokens,
-                lambda d, t: progress(f"{label} window", d, t, ""),
-                new_cache if kv_format else None,
+                lambda done, of: progress(f"{label} window", done, of, ""),
+                cache,
             )
-        return found, gating
+            bits = bits_per_element(last[0]) if last else None
+            dropped = gating.sparsity() if gating else None
+            answers = None
+            if prompts:
+                answers = retrieve(
+                    model, prompts, lambda done, of: progress(f"{label} key", done, of, ""), cache
+                )
+        return Measured(found, dropped, bits, answers)
 
     cutting = cut(opened)
     if other and not torch.equal(cut(other[0]).tokens, cutting.tokens):
         raise RecipeError(f"{against} and {checkpoint} tokenise the text differently")
-    mine, gating = measure(opened, "eval", kv_format)
+    prompts = []
+    if passkey:
+        prompts = make_prompts(
+            load_tokenizer(opened.path), bundled_text(BUNDLED_EVALUATION), length=length,
+            count=PASSKEY_PROMPTS, bos=bos,
+        )  # fmt: skip
+    measured = measure(opened, "eval", kv_format)
+    mine = measured.perplexity
     document: dict[str, Any] = {
         "checkpoint": name,
         "token_ppl": mine.token_ppl,
@@ -160,37 +200,46 @@ def evaluate(
     }
     rows = {f"token_ppl@{mine.seqlen}": f"{mine.token_ppl:.3f}"}
     if other:
-        dense, _ = measure(other[0], "dense")
-        ratio = mine.token_ppl / dense.token_ppl
-        document |= {"against": other[1], "dense_token_ppl": dense.token_ppl, "ratio": ratio}
-        rows |= {"dense": f"{dense.token_ppl:.3f}", "ratio": f"{ratio:.3f}"}
+        reference = measure(other[0], "dense")
+        dense = reference.perplexity.token_ppl
+        ratio = mine.token_ppl / dense
+        document |= {"against": other[1], "dense_token_ppl": dense, "ratio": ratio}
+        rows |= {"dense": f"{dense:.3f}", "ratio": f"{ratio:.3f}"}
+        if reference.retrieval:
+            document["dense_passkey"] = reference.retrieval.describe()
+            rows["keys found, dense"] = f"{reference.retrieval.accuracy:.0%}"
+    if measured.retrieval:
+        document["passkey"] = measured.retrieval.describe()
+        count, size_ = len(measured.retrieval.found), measured.retrieval.length
+        rows["keys found"] = f"{measured.retrieval.accuracy:.0%} of {count} in {size_} tokens"
     rows |= {
         "text": f"{cutting.source}, {mine.windows} windows, {mine.tokens} predictions",
         "dtype": document["dtype"],
     }
     if kv_format:
-        bits = bits_per_element(caches[0])
+        bits = measured.kv_bits
         document["kv_cache"] = {
             "format": str(kv_format),
             "bits_per_element": bits,
             "quantised": "every update",
         }
         rows["kv cache"] = f"{kv_format}, {bits:.2f} bits per element, quantised at every update"
-    if gating:
-        document["activation"] = measured = _activation(opened, gating, policy)
-        rows |= _activation_rows(measured)
-        for message in drifts(measured):
+    if measured.dropped is not None:
+        document["activation"] = gates = _activation(opened, measured.dropped, policy)
+        rows |= _activation_rows(gates)
+        for message in drifts(gates):
             console.note(message)
     console.result(document, facts(name, rows))
 
 
-def _activation(checkpoint: Checkpoint, gating: Gating, policy: Policy) -> dict[str, Any]:
-    """What the gates did during the measurement."""
+def _activation(
+    checkpoint: Checkpoint, dropped: dict[str, float], policy: Policy
+) -> dict[str, Any]:
+    """What the gates did during the measurement. dropped: the share of inputs by gate."""
     from llmsqueeze.traffic import bytes_per_token
 
     record = checkpoint.activation
     assert record is not None
-    dropped = gating.sparsity()
     return {
         "method": record.method,
         "gated": str(policy),

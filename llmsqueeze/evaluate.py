@@ -53,12 +53,10 @@ def perplexity(
     batch = 1 if device.type == "cpu" else max(1, GPU_BATCH_TOKENS // seqlen)
     started = time.monotonic()
     losses: list[float] = []
-    argument = cache_argument(model)
     with exact_matmul():
         for start in range(0, count, batch):
             ids = windows[start : start + batch].to(device)
-            past = {argument: cache()} if cache else {}
-            logits = model(ids, use_cache=cache is not None, **past).logits
+            logits = model(ids, **cache_options(model, cache() if cache else None)).logits
             losses.extend(_window_losses(logits, ids).tolist())
             on_window(len(losses), count)
     if not all(math.isfinite(loss) for loss in losses):
@@ -76,10 +74,12 @@ def perplexity(
     )
 
 
-def cache_argument(model: torch.nn.Module) -> str:
-    """What the KV cache is called when it is given to the model: transformers 5.24 changed the name."""
+def cache_options(model: torch.nn.Module, cache: Any) -> dict[str, Any]:
+    """What gives a model a KV cache, or none. transformers 5.24 changed the argument's name."""
+    if cache is None:
+        return {"use_cache": False}
     known = inspect.signature(model.forward).parameters
-    return "cache" if "cache" in known else "past_key_values"
+    return {"use_cache": True, "cache" if "cache" in known else "past_key_values": cache}
 
 
 def _window_losses(logits: Tensor, ids: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.evaluate import cache_argument, perplexity
+from llmsqueeze.evaluate import cache_options, perplexity
 from llmsqueeze.numerics.codebook import normal_codebook
 from llmsqueeze.numerics.hadamard import hadamard
 from llmsqueeze.runtime import load
@@ -200,7 +200,7 @@ def test_rows_and_tokens_can_be_taken_away(format: KvFormat) -> None:
 
 def generated(model: Any, cache: Any, ids: Tensor, **options: Any) -> list[list[int]]:
     out = model.generate(
-        ids, **{cache_argument(model): cache}, do_sample=False, max_new_tokens=12, eos_token_id=None,
+        ids, **cache_options(model, cache), do_sample=False, max_new_tokens=12, eos_token_id=None,
         **options,
     )  # fmt: skip
     found: list[list[int]] = out[:, ids.shape[1] :].tolist()
@@ -246,17 +246,15 @@ def test_a_padded_batch_is_two_single_runs(family: str, format: KvFormat) -> Non
 def test_one_pass_over_a_text_is_decoding_it(tiny: Any, family: str) -> None:
     model = load(Checkpoint(tiny(family, "float32")), torch.float32, torch.device("cpu"))
     ids = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
-    format, argument = KvFormat("rotate", 2), cache_argument(model)
+    format = KvFormat("rotate", 2)
 
     def make() -> DynamicCache:
         return packed_cache(model.config, format)
 
     cache = make()
     with torch.no_grad():
-        steps = [
-            model(ids[:, t : t + 1], **{argument: cache}, use_cache=True).logits for t in range(20)
-        ]
-        whole = model(ids, **{argument: make()}, use_cache=True).logits
+        steps = [model(ids[:, t : t + 1], **cache_options(model, cache)).logits for t in range(20)]
+        whole = model(ids, **cache_options(model, make())).logits
         exact = model(ids).logits
     assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-4)
     assert float((whole - exact).abs().max()) > 0.01

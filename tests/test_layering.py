@@ -48,6 +48,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "errors",
     ),
     "evaluate": ("device", "errors"),
+    "passkey": ("device", "evaluate", "errors"),
     "card": ("activation", "checkpoint", "recipe"),
     "plan": ("blocks", "calibrate", "checkpoint", "data", "methods", "recipe", "errors"),
 }
