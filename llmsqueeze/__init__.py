@@ -4,11 +4,24 @@ Importing this package teaches transformers to load llmsqueeze checkpoints with
 ``AutoModelForCausalLM.from_pretrained``. It imports neither torch nor transformers itself.
 """
 
+from typing import Any
+
 from llmsqueeze import _register
 from llmsqueeze._version import __version__
 from llmsqueeze.errors import LlmsqueezeError
 
-__all__ = ["LlmsqueezeError", "__version__"]
+__all__ = ["LlmsqueezeError", "__version__", "kv_cache"]
+
+
+def kv_cache(model: Any) -> Any:
+    """A new, empty KV cache for a loaded model, quantised as its checkpoint says: for `generate` and calls.
+
+    A transformers Cache; what it holds lies packed. RecipeError when the checkpoint has no such format
+    (`llmsqueeze quantize-kv`).
+    """
+    from llmsqueeze.runtime.kv_cache import attached_cache
+
+    return attached_cache(model)
 
 
 _register.install()

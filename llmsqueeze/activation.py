@@ -16,20 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.numerics.histogram import CURVE_POINTS
-from llmsqueeze.shards import (
-    SIDE_NAME,
-    ShardRecord,
-    StoredTensor,
-    hash_file,
-    hash_header,
-    load,
-    read_header,
-)
+from llmsqueeze.shards import SIDE_NAME, ShardRecord, StoredTensor
+from llmsqueeze.side_files import open_side_file, read_side_file
 
 KINDS = ("input", "output")
 
@@ -139,21 +131,8 @@ def _gate(name: str, raw: dict[str, Any]) -> GateRecord:
     return gate
 
 
-def write_side_file(directory: Path, tensors: dict[str, Tensor]) -> ShardRecord:
-    """Write the side tensors into a checkpoint that is being made."""
-    path = directory / SIDE_NAME
-    save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, path)
-    return ShardRecord(path.stat().st_size, hash_file(path), hash_header(path))
-
-
 def side_tensors(directory: Path, record: ActivationRecord) -> dict[str, StoredTensor]:
     """Headers of the side file, checked against the record. CheckpointError on any mismatch."""
-    path = directory / SIDE_NAME
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; it holds the activation thresholds")
-    if hash_header(path) != record.file.header_sha256:
-        raise CheckpointError(f"{path}: header differs from the manifest; the file is damaged")
-    stored = {tensor.name: tensor for tensor in read_header(path)}
     expected: dict[str, tuple[int, ...]] = {}
     for name, gate in record.gates.items():
         expected[f"{name}.scale"] = (gate.width,)
@@ -161,23 +140,13 @@ def side_tensors(directory: Path, record: ActivationRecord) -> dict[str, StoredT
         if gate.rank:
             expected[f"{name}.down"] = (gate.rank, gate.width)
             expected |= {f"{member}.up": (-1, gate.rank) for member in gate.members}
-    for name in sorted(set(expected) ^ set(stored)):
-        raise CheckpointError(f"{path}: {name} does not fit the manifest")
-    for name, shape in expected.items():
-        found = stored[name].shape
-        if len(found) != len(shape) or any(
-            w not in (-1, f) for w, f in zip(shape, found, strict=True)
-        ):
-            raise CheckpointError(f"{path}: {name} has shape {found}, the manifest needs {shape}")
-    return stored
+    return open_side_file(directory, SIDE_NAME, record.file, expected)
 
 
 def read_side_tensors(stored: dict[str, StoredTensor]) -> dict[str, Tensor]:
     """The side tensors; CheckpointError on values that cannot be."""
-    tensors = load(stored.values())
+    tensors = read_side_file(stored)
     for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor.float()).all()):
-            raise CheckpointError(f"{name} holds NaN or Inf; the thresholds are damaged")
         if name.endswith((".scale", ".curve")) and bool((tensor < 0).any()):
             raise CheckpointError(f"{name} holds negative values; the thresholds are damaged")
     return tensors

@@ -16,7 +16,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -24,10 +24,12 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from llmsqueeze import __version__
-from llmsqueeze.activation import ActivationRecord, GateRecord, side_tensors, write_side_file
+from llmsqueeze.activation import ActivationRecord, GateRecord, side_tensors
 from llmsqueeze.errors import CheckpointError, RecipeError, ResourceError
+from llmsqueeze.kv_record import KvRecord, kv_tensors
 from llmsqueeze.numerics.packing import bitmask_bytes, pack_bitmask, unpack_bitmask
 from llmsqueeze.shards import (
+    KV_NAME,
     SIDE_NAME,
     ShardRecord,
     ShardWriter,
@@ -35,6 +37,7 @@ from llmsqueeze.shards import (
     hash_header,
     list_shards,
 )
+from llmsqueeze.side_files import write_side_file
 
 MANIFEST_NAME = "llmsqueeze.json"
 FORMAT_VERSION = 1
@@ -76,7 +79,7 @@ class SiteRecord:
 class Manifest:
     """llmsqueeze.json. steps: what was done, oldest first, each with recipe, source and calibration.
 
-    activation: the gates of sparsified activations, if there are any.
+    activation: the gates of sparsified activations, kv_cache: how the KV cache is quantised, if either is.
     """
 
     format: str
@@ -86,6 +89,7 @@ class Manifest:
     bytes_after: int
     steps: list[dict[str, Any]]
     activation: ActivationRecord | None = None
+    kv_cache: KvRecord | None = None
     format_version: int = FORMAT_VERSION
     tool_version: str = __version__
 
@@ -109,6 +113,8 @@ class Manifest:
             raw["shards"] = {n: _strict(ShardRecord, r) for n, r in raw["shards"].items()}
             if raw.get("activation") is not None:
                 raw["activation"] = ActivationRecord.from_raw(raw["activation"])
+            if raw.get("kv_cache") is not None:
+                raw["kv_cache"] = KvRecord.from_raw(raw["kv_cache"])
             manifest = _strict(cls, raw)
             manifest._validate()
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -166,6 +172,8 @@ def read_manifest(directory: Path, config: dict[str, Any]) -> Manifest | None:
             )
     if manifest.activation:
         side_tensors(directory, manifest.activation)
+    if manifest.kv_cache:
+        kv_tensors(directory, manifest.kv_cache)
     return manifest
 
 
@@ -174,6 +182,8 @@ def verify(directory: Path, manifest: Manifest) -> list[str]:
     files = dict(manifest.shards)
     if manifest.activation:
         files[SIDE_NAME] = manifest.activation.file
+    if manifest.kv_cache and manifest.kv_cache.file:
+        files[KV_NAME] = manifest.kv_cache.file
     return [
         name
         for name, record in files.items()
@@ -204,6 +214,7 @@ class ArtifactWriter:
         self._format = format
         self._sites: dict[str, SiteRecord] = {}
         self._activation: ActivationRecord | None = None
+        self._kv_cache: KvRecord | None = None
 
     def __enter__(self) -> ArtifactWriter:
         try:
@@ -258,9 +269,15 @@ class ArtifactWriter:
         self, method: str, prefill: str, gates: dict[str, GateRecord], tensors: dict[str, Tensor]
     ) -> ActivationRecord:
         """Store the gates of sparsified activations and their side tensors."""
-        file = write_side_file(self.directory, tensors)
+        file = write_side_file(self.directory, SIDE_NAME, tensors)
         self._activation = ActivationRecord(method, prefill, gates, file)
         return self._activation
+
+    def add_kv_cache(self, record: KvRecord, tensors: dict[str, Tensor]) -> KvRecord:
+        """Store how the KV cache is quantised. tensors: see kv_record; none for an uncalibrated method."""
+        file = write_side_file(self.directory, KV_NAME, tensors) if tensors else None
+        self._kv_cache = replace(record, file=file)
+        return self._kv_cache
 
     def write_text(self, name: str, text: str) -> None:
         """A side file, such as the model card."""
@@ -275,10 +292,10 @@ class ArtifactWriter:
             sites=self._sites,
             shards=self._shards.finish(),
             bytes_before=bytes_before,
-            bytes_after=self._shards.total_bytes
-            + (self._activation.file.bytes if self._activation else 0),
+            bytes_after=self._shards.total_bytes + self._side_bytes(),
             steps=steps,
             activation=self._activation,
+            kv_cache=self._kv_cache,
         )
         for asset in assets(source):
             shutil.copyfile(asset, self.directory / asset.name)
@@ -297,6 +314,10 @@ class ArtifactWriter:
         )
         publish_directory(self.directory, self._out)
         return manifest
+
+    def _side_bytes(self) -> int:
+        records = [r.file for r in (self._activation, self._kv_cache) if r]
+        return sum(file.bytes for file in records if file)
 
 
 def publish_directory(finished: Path, out: Path) -> None:

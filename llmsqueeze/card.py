@@ -10,6 +10,7 @@ import yaml
 
 from llmsqueeze.activation import ActivationRecord
 from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.kv_record import KvRecord
 from llmsqueeze.recipe import PruneRecipe
 
 _LOAD = """```python
@@ -68,6 +69,30 @@ def sparsified_card(checkpoint: Checkpoint, source_name: str, record: Activation
         "how much they drop there.",
     ]
     return _front_matter(checkpoint, source_name, ["llmsqueeze", "sparse"]) + "\n".join(body) + "\n"
+
+
+def quantized_kv_card(checkpoint: Checkpoint, source_name: str, record: KvRecord) -> str:
+    """Card of a checkpoint that says how its KV cache is quantised."""
+    body = [
+        f"# {_short(source_name)}, KV cache quantised by {record.method}",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| made from | `{source_name}` |",
+        f"| method | {record}, {record.bits} bits |",
+        f"| layers | {len(record.layers)} |",
+        "",
+        "Weights are those of the source. Load it with",
+        "",
+        _LOAD,
+        "",
+        "and give `generate` the cache `llmsqueeze.kv_cache(model)`.",
+        "",
+        "`llmsqueeze eval THIS --against ORIGINAL --passkey` measures what the cache costs on text of your",
+        "choice, and whether it still finds what was said long ago.",
+    ]
+    tags = ["llmsqueeze", "kv-cache"]
+    return _front_matter(checkpoint, source_name, tags) + "\n".join(body) + "\n"
 
 
 def converted_card(checkpoint: Checkpoint, source_name: str, format: str) -> str:

@@ -26,6 +26,7 @@ from llmsqueeze.activation import ActivationRecord, read_side_tensors, side_tens
 from llmsqueeze.architectures import family_of
 from llmsqueeze.artifact import BITMASK_PARTS, Manifest, SiteRecord, decode, read_manifest
 from llmsqueeze.errors import CheckpointError
+from llmsqueeze.kv_record import KvRecord, kv_tensors, read_kv_tensors
 from llmsqueeze.shards import DTYPES, StoredTensor, list_shards, load, read_headers
 
 _WEIGHT_DTYPES = ("F32", "F16", "BF16")
@@ -201,6 +202,16 @@ class Checkpoint:
         """The side tensors of the gates on the CPU; CheckpointError on values that cannot be."""
         assert self.activation is not None
         return read_side_tensors(side_tensors(self.path, self.activation))
+
+    @property
+    def kv_cache(self) -> KvRecord | None:
+        """How the KV cache is quantised, if the checkpoint says so."""
+        return self.manifest.kv_cache if self.manifest else None
+
+    def read_kv_cache(self) -> dict[str, Tensor]:
+        """The tensors of a calibrated KV cache on the CPU; CheckpointError on values that cannot be."""
+        assert self.kv_cache is not None
+        return read_kv_tensors(kv_tensors(self.path, self.kv_cache))
 
     def _check_gates(self) -> None:
         if self.activation is None:

@@ -18,12 +18,14 @@ from llmsqueeze.command import (
     activation_document,
     checkpoint_options,
     common,
+    kv_document,
     make_console,
     open_checkpoint,
     site_documents,
 )
 from llmsqueeze.eval_command import evaluate
 from llmsqueeze.prune_command import prune
+from llmsqueeze.quantize_kv_command import quantize_kv
 from llmsqueeze.sparsify_command import sparsify
 
 if TYPE_CHECKING:
@@ -55,13 +57,14 @@ def main() -> NoReturn:
 def cli() -> None:
     """Make language models smaller, and measure what it cost.
 
-    prune a checkpoint, sparsify its activations, eval what it lost, inspect what is inside, convert
-    between forms.
+    prune a checkpoint, sparsify its activations, quantize-kv its cache, eval what it lost, inspect what
+    is inside, convert between forms.
     """
 
 
 cli.add_command(prune)
 cli.add_command(sparsify)
+cli.add_command(quantize_kv)
 cli.add_command(evaluate)
 
 
@@ -115,6 +118,9 @@ def inspect(
         if manifest.activation:
             document["activation"] = activation_document(manifest.activation)
             rows["gates"] = _gates(manifest.activation)
+        if manifest.kv_cache:
+            document["kv_cache"] = kv_document(manifest.kv_cache)
+            rows["kv cache"] = f"{manifest.kv_cache}, {len(manifest.kv_cache.layers)} layers"
         for site, record in manifest.sites.items():
             table.add_row(
                 site,
@@ -184,6 +190,8 @@ def _step(step: dict[str, Any]) -> str:
         return (
             f"{recipe['method']} {recipe['target']['pattern']}, {step['sparsity']:.2%} of {source}"
         )
+    if step["command"] == "quantize-kv":
+        return f"{recipe['method']}, {recipe['bits']} bits, {source}"
     method = recipe["method"] or "other thresholds,"
     return f"{method} {recipe['sparsity']:.0%} of the inputs, prompt {recipe['prefill']}, {source}"
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llmsqueeze.activation import ActivationRecord
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import Console
+    from llmsqueeze.kv_record import KvRecord
 
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
@@ -238,3 +239,14 @@ def activation_document(record: ActivationRecord) -> dict[str, Any]:
         for name, gate in record.gates.items()
     }
     return {"method": record.method, "prefill": record.prefill, "gates": gates}
+
+
+def kv_document(record: KvRecord) -> dict[str, Any]:
+    """What --json says of a quantised KV cache."""
+    return {
+        "method": record.method,
+        "bits": record.bits,
+        "layers": len(record.layers),
+        "outlier_slots": {"keys": record.key_slots, "values": record.value_slots},
+        "sinks": record.sinks,
+    }

@@ -89,6 +89,10 @@ def prune(
             note(
                 "activation thresholds belong to the old weights and are left out; sparsify OUT anew"
             )
+        if checkpoint.kv_cache:
+            note(
+                "the KV cache was calibrated on the old weights and is left out; quantize-kv OUT anew"
+            )
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         for name in checkpoint.outer_parameters:
@@ -210,13 +214,11 @@ def convert(
     with ArtifactWriter(out, format=format, overwrite=overwrite) as writer:
         copy_weights(writer, checkpoint, on_block)
         steps = checkpoint.manifest.steps if checkpoint.manifest else []
-        gates = checkpoint.activation
-        if gates and format == "llmsqueeze":
-            writer.add_activation(
-                gates.method, gates.prefill, gates.gates, checkpoint.read_activation()
-            )
-        elif gates:
-            note("activation thresholds are left out: the dense form has no place for them")
+        if format == "llmsqueeze":
+            copy_sides(writer, checkpoint)
+        elif checkpoint.activation or checkpoint.kv_cache:
+            what = "activation thresholds" if checkpoint.activation else "the KV cache's codebooks"
+            note(f"{what} are left out: the dense form has no place for them")
         writer.write_text("README.md", card.converted_card(checkpoint, source_name, format))
         return writer.publish(checkpoint.config, checkpoint.path, steps, checkpoint.stored_bytes)
 
@@ -237,6 +239,23 @@ def copy_weights(
         store_block(writer, checkpoint, block.tensors, reports)
         seconds = time.monotonic() - started
         on_block(BlockDone(block.index, checkpoint.block_count, seconds))
+
+
+def copy_sides(
+    writer: ArtifactWriter,
+    checkpoint: Checkpoint,
+    *,
+    activation: bool = True,
+    kv_cache: bool = True,
+) -> None:
+    """What calibration found for the weights as they are: gates, and how the KV cache is quantised."""
+    gates = checkpoint.activation
+    if gates and activation:
+        writer.add_activation(
+            gates.method, gates.prefill, gates.gates, checkpoint.read_activation()
+        )
+    if checkpoint.kv_cache and kv_cache:
+        writer.add_kv_cache(checkpoint.kv_cache, checkpoint.read_kv_cache())
 
 
 @dataclass(frozen=True)

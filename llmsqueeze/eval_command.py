@@ -58,8 +58,9 @@ through the gates (--gate), whatever it does with prompts. What the gates droppe
 --passkey also hides a five-digit key at 20 depths of a text of --seqlen tokens, and asks for it: what
 perplexity hardly notices.
 
-With --kv-cache every key and value is quantised as it is cached, the prompt's and the newest token's
-included, and attention sees only what was read back. Bits are those allocated, scales included.
+A checkpoint with a KV-cache format, or any with --kv-cache, is measured with every key and value quantised
+as it is cached, the prompt's and the newest token's included; attention sees only what was read back.
+Bits are those allocated, scales, outliers and sinks included.
 """,
 )
 @click.argument("checkpoint")
@@ -80,7 +81,7 @@ included, and attention sees only what was read back. Bits are those allocated, 
               f"  [default: {DEFAULT_GATE}]")  # fmt: skip
 @click.option("--kv-cache", metavar="FORMAT",
               help="Quantise the KV cache: fp8, rotate:4, rotate:3 or rotate:2 (Hadamard and the best codes "
-              "of a normal distribution; no calibration).  [default: as the model's]")  # fmt: skip
+              "of a normal distribution; no calibration) or none.  [default: CHECKPOINT's]")  # fmt: skip
 @click.option("--passkey", is_flag=True,
               help="Also measure how often a key hidden in a long text is found.")  # fmt: skip
 @device_option
@@ -124,10 +125,15 @@ def evaluate(
     from llmsqueeze.plan import check_vocabulary, window_length
     from llmsqueeze.runtime import load
     from llmsqueeze.runtime.gates import gating_of
-    from llmsqueeze.runtime.kv_cache import KvFormat, bits_per_element, packed_cache
+    from llmsqueeze.runtime.kv_cache import (
+        attached_cache,
+        bits_per_element,
+        packed_cache,
+        parse_format,
+    )
 
     policy = Policy.parse(gate or DEFAULT_GATE)
-    kv_format = KvFormat.parse(kv_cache) if kv_cache else None
+    kv_format = parse_format(kv_cache) if kv_cache and kv_cache != "none" else None
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     if gate and opened.activation is None:
@@ -144,7 +150,7 @@ def evaluate(
         check_vocabulary(made.tokens, source)
         return made
 
-    def measure(source: Checkpoint, label: str, kv_format: KvFormat | None = None) -> Measured:
+    def measure(source: Checkpoint, label: str, packed: bool = False) -> Measured:
         model = load(source, precision, where)
         gating = gating_of(model)
         if gating:
@@ -153,11 +159,10 @@ def evaluate(
         last: list[Any] = []
 
         def new_cache() -> Any:
-            assert kv_format is not None
-            last[:] = [packed_cache(model.config, kv_format)]
+            last[:] = [packed_cache(model, kv_format) if kv_format else attached_cache(model)]
             return last[0]
 
-        cache = new_cache if kv_format else None
+        cache = new_cache if packed else None
         with console.steps() as progress:
             found = perplexity(
                 model,
@@ -183,7 +188,8 @@ def evaluate(
             load_tokenizer(opened.path), bundled_text(BUNDLED_EVALUATION), length=length,
             count=PASSKEY_PROMPTS, bos=bos,
         )  # fmt: skip
-    measured = measure(opened, "eval", kv_format)
+    stored = opened.kv_cache if kv_cache is None else None
+    measured = measure(opened, "eval", packed=bool(kv_format or stored))
     mine = measured.perplexity
     document: dict[str, Any] = {
         "checkpoint": name,
@@ -216,14 +222,14 @@ def evaluate(
         "text": f"{cutting.source}, {mine.windows} windows, {mine.tokens} predictions",
         "dtype": document["dtype"],
     }
-    if kv_format:
-        bits = measured.kv_bits
+    if measured.kv_bits is not None:
+        bits, format = measured.kv_bits, str(stored or kv_cache)
         document["kv_cache"] = {
-            "format": str(kv_format),
+            "format": format,
             "bits_per_element": bits,
             "quantised": "every update",
         }
-        rows["kv cache"] = f"{kv_format}, {bits:.2f} bits per element, quantised at every update"
+        rows["kv cache"] = f"{format}, {bits:.2f} bits per element, quantised at every update"
     if measured.dropped is not None:
         document["activation"] = gates = _activation(opened, measured.dropped, policy)
         rows |= _activation_rows(gates)

@@ -65,9 +65,9 @@ class LlmsqueezeQuantizer(HfQuantizer):
     """Decodes sites while transformers loads them, and puts gates into the finished model."""
 
     requires_calibration = True
-    # Of a checkpoint with gates, between the two ends of loading. Only its path: transformers copies this
-    # object, and all it holds, for every tensor it decodes.
-    _gated: Path | None = None
+    # Of a checkpoint with gates or a KV-cache format, between the two ends of loading. Only its path:
+    # transformers copies this object, and all it holds, for every tensor it decodes.
+    _equipped: Path | None = None
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -78,14 +78,15 @@ class LlmsqueezeQuantizer(HfQuantizer):
             raise CheckpointError("a llmsqueeze checkpoint loads from its directory only")
         # Opening checks manifest, headers, names and shapes, and raises on the first mismatch.
         directory = Path(checkpoint_files[0]).parent
-        self._gated = directory if Checkpoint(directory).activation else None
+        checkpoint = Checkpoint(directory)
+        self._equipped = directory if checkpoint.activation or checkpoint.kv_cache else None
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # transformers would undo on save what it applied on load; a dense model has nothing to undo.
         # From 5.24 on it forgets the conversions of a dequantised model by itself.
-        if self._gated is not None:
-            _install_gates(model, self._gated)
+        if self._equipped is not None:
+            _equip(model, self._equipped)
         conversions = getattr(model, "_weight_conversions", None) or ()
         model._weight_conversions = [c for c in conversions if not _is_ours(c)] or None
         return model
@@ -102,17 +103,20 @@ class LlmsqueezeQuantizer(HfQuantizer):
         return True
 
 
-def _install_gates(model: nn.Module, directory: Path) -> None:
+def _equip(model: nn.Module, directory: Path) -> None:
     from llmsqueeze.activation import Policy
     from llmsqueeze.checkpoint import Checkpoint
-    from llmsqueeze.runtime import gates
+    from llmsqueeze.runtime import gates, kv_cache
 
     checkpoint = Checkpoint(directory)
-    record = checkpoint.activation
-    assert record is not None
-    blocks = model.get_submodule(checkpoint.blocks_path).children()
-    parts = gates.parts_of(record, checkpoint.read_activation())
-    gates.install(model, parts, Policy.parse(record.prefill), blocks)
+    if record := checkpoint.activation:
+        blocks = model.get_submodule(checkpoint.blocks_path).children()
+        parts = gates.parts_of(record, checkpoint.read_activation())
+        gates.install(model, parts, Policy.parse(record.prefill), blocks)
+    if checkpoint.kv_cache:
+        kv_cache.attach(
+            model, kv_cache.stored_formats(checkpoint.kv_cache, checkpoint.read_kv_cache())
+        )
 
 
 def _pattern(part: str) -> str:

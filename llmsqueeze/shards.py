@@ -20,8 +20,9 @@ from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError, ResourceError
 
-# Tensors beside the weights, which are no shard of the model.
+# Tensors beside the weights, which are no shard of the model: of activation gates, of the KV cache.
 SIDE_NAME = "llmsqueeze.safetensors"
+KV_NAME = "llmsqueeze-kv.safetensors"
 
 # Shards close at this size: it bounds the memory that finished but unwritten tensors take.
 SHARD_BYTES = 512 * 2**20
@@ -65,7 +66,9 @@ def list_shards(directory: Path) -> list[Path]:
         raise CheckpointError(f"{directory}: several weight indexes ({names}); keep one")
     if indexes:
         return [directory / name for name in sorted(set(_weight_map(indexes[0]).values()))]
-    files = sorted(file for file in directory.glob("*.safetensors") if file.name != SIDE_NAME)
+    files = sorted(
+        file for file in directory.glob("*.safetensors") if file.name not in (SIDE_NAME, KV_NAME)
+    )
     if not files:
         if any(directory.glob("*.bin")) or any(directory.glob("*.pt*")):
             raise CheckpointError(

@@ -22,6 +22,7 @@ from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.compress import (
     BlockDone,
     check_not_inside,
+    copy_sides,
     copy_weights,
     peak_device_bytes,
     peak_rss_bytes,
@@ -73,7 +74,7 @@ def sparsify(
     Policy.parse(recipe.prefill)
     _check_ignore(checkpoint, recipe)
     known = checkpoint.manifest.sites if checkpoint.manifest else {}
-    identity = checkpoint.identity
+    identity, source = checkpoint.identity, checkpoint
     with (
         worker() as hashing,
         ArtifactWriter(out, overwrite=overwrite) as writer,
@@ -127,6 +128,7 @@ def sparsify(
             "peak_device_bytes": peak_device_bytes(device),
         }
         record = writer.add_activation(recipe.method, recipe.prefill, gates, tensors)
+        copy_sides(writer, source, activation=False)  # a rotation changes neither keys nor values
         manifest = _publish(writer, checkpoint, source_name, step, record)
     sparse = [name for name, gate in gates.items() if gate.zeros >= ALREADY_SPARSE]
     if sparse:
@@ -195,6 +197,7 @@ def change_sparsity(
             "versions": versions(),
         }
         record = writer.add_activation(old.method, policy, gates, tensors)
+        copy_sides(writer, checkpoint, activation=False)
         return _publish(writer, checkpoint, source_name, step, record)
 
 

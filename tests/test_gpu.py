@@ -119,3 +119,37 @@ def test_sparsify_agrees_with_the_cpu(
         assert measured.exit_code == 0, measured.stderr
     for name, gate_ in found["cpu"].items():
         assert found["cuda"][name]["threshold"] == pytest.approx(gate_["threshold"], rel=0.02)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt_neox", "opt"])
+def test_a_quantised_cache_is_nearly_that_of_the_cpu(
+    tiny: Tiny, text_file: Path, tmp_path: Path, family: str
+) -> None:
+    from llmsqueeze import kv_cache
+    from llmsqueeze.evaluate import cache_options
+    from llmsqueeze.kv_recipe import KvRecipe
+    from llmsqueeze.quantize_kv import quantize_kv
+    from llmsqueeze.runtime import load
+
+    source = Checkpoint(tiny(family, "float32"))
+    asked = {"bits": 3, "outliers": 0.1, "dtype": "float32",
+             "calibration": {"text": str(text_file), "samples": 6, "seqlen": 40}}  # fmt: skip
+    ids = torch.randint(3, 150, (2, 30), generator=torch.Generator().manual_seed(0))
+    books, logits = [], []
+    for name in ("cpu", "cuda"):
+        quantize_kv(source, family, tmp_path / name, KvRecipe.from_dict(asked), torch.device(name))
+        books.append(Checkpoint(tmp_path / name).read_kv_cache())
+        # The CPU's calibration on both: what they compute with it is to be the same.
+        model = load(Checkpoint(tmp_path / "cpu"), torch.float32, torch.device(name))
+        with torch.no_grad():
+            cache = kv_cache(model)
+            first = model(ids[:, :20].to(name), **cache_options(model, cache)).logits
+            rest = model(ids[:, 20:].to(name), **cache_options(model, cache)).logits
+        logits.append(torch.cat([first, rest], dim=1).cpu())
+    for part, tensor in books[0].items():
+        if part.endswith(("key_offset", "key_scale")):
+            assert torch.allclose(tensor.float(), books[1][part].float(), rtol=2e-2, atol=2e-3)
+    # A code at a border may fall to either side.
+    close = (logits[0] - logits[1]).abs().amax(dim=-1) < 1e-3
+    assert float(close.float().mean()) > 0.8
+    assert torch.allclose(logits[0], logits[1], atol=0.3)

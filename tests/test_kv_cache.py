@@ -16,12 +16,29 @@ from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.evaluate import cache_options, perplexity
 from llmsqueeze.numerics.codebook import normal_codebook
+from llmsqueeze.numerics.feedback import Feedback, factorise
 from llmsqueeze.numerics.hadamard import hadamard
+from llmsqueeze.numerics.kv_codecs import (
+    ChannelCodec,
+    Codebook,
+    Codec,
+    Fp8,
+    Identity,
+    Rotated,
+    TokenCodec,
+)
 from llmsqueeze.runtime import load
-from llmsqueeze.runtime.kv_cache import KvFormat, PackedLayer, bits_per_element, packed_cache
+from llmsqueeze.runtime.kv_cache import (
+    LayerFormat,
+    PackedLayer,
+    bits_per_element,
+    packed_cache,
+    parse_format,
+)
+from llmsqueeze.runtime.positions import Positions
 from tests.conftest import tiny_model
 
-FORMATS = [KvFormat.parse(text) for text in ("fp8", "rotate:4", "rotate:3", "rotate:2")]
+NAMES = ("fp8", "rotate:4", "rotate:3", "rotate:2")
 FAMILIES = [
     "llama",
     "mistral",
@@ -33,28 +50,36 @@ FAMILIES = [
     "opt",
     "gpt_neox",
 ]
-
-
-class Identity(KvFormat):
-    """Sixteen bits and more: the plumbing alone."""
-
-    def __init__(self) -> None:
-        pass
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x, x[..., :1]
-
-    def decode(self, codes: Tensor, scale: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        return codes
+AS_IT_IS = LayerFormat(Identity(), Identity())
 
 
 def vectors(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def read_back(format: KvFormat, x: Tensor) -> Tensor:
-    codes, scale = format.encode(x)
-    return format.decode(codes, scale, x.shape[-1], torch.float32)
+def read_back(codec: Codec, x: Tensor) -> Tensor:
+    """What [tokens, width] come back as."""
+    parts = codec.encode(x[None, None])
+    return codec.decode(parts, x.shape[-1], torch.float32)[0, 0]
+
+
+def calibrated(
+    heads: int, width: int, *, slots: int = 1, bits: int = 3, sinks: int = 0
+) -> LayerFormat:
+    """A format as calibration might have made it."""
+    book = Codebook(bits, *[torch.linspace(-1, 1, 2**bits, dtype=torch.float64)] * 2)
+    metric = torch.eye(width).expand(heads, -1, -1) + 0.3
+    keys = ChannelCodec(
+        book, vectors(heads, 1, width) * 0.3, vectors(heads, 1, width).abs() + 1, slots,
+        Feedback.of(*factorise(metric, 2)),
+    )  # fmt: skip
+    return LayerFormat(keys, TokenCodec(book, 0, turned=True), sinks)
+
+
+def layer_of(name: str, heads: int, width: int) -> PackedLayer:
+    if name != "calibrated":
+        return PackedLayer(parse_format(name))
+    return PackedLayer(calibrated(heads, width, sinks=2), Positions(None), owner=True)
 
 
 # The formats
@@ -64,7 +89,7 @@ def read_back(format: KvFormat, x: Tensor) -> Tensor:
 def test_rotate_by_its_definition(bits: int) -> None:
     x = vectors(7, 24) * torch.tensor([0.01, 1, 300.0])[torch.arange(7) % 3, None]
     codebook = normal_codebook(bits).tolist()
-    found = read_back(KvFormat("rotate", bits), x)
+    found = read_back(Rotated(bits), x)
     for row, got in zip(x.double(), found, strict=True):
         turned = hadamard(row).tolist()
         rms = math.sqrt(sum(v * v for v in turned) / len(turned))
@@ -78,21 +103,22 @@ def test_rotate_by_its_definition(bits: int) -> None:
 def test_rotate_loses_what_the_theory_says(bits: int) -> None:
     error = {2: 0.1175, 3: 0.03454, 4: 0.009497}[bits]  # Max 1960, per unit of power
     x = vectors(4000, 128) * torch.logspace(-0.5, 0.5, 128)  # channels differ
-    lost = (read_back(KvFormat("rotate", bits), x) - x).square().sum(1) / x.square().sum(1)
+    lost = (read_back(Rotated(bits), x) - x).square().sum(1) / x.square().sum(1)
     assert float(lost.mean()) == pytest.approx(error, rel=0.1)
 
 
 def test_fp8_rounds_to_its_four_significant_bits() -> None:
     x = vectors(500, 64)
-    found = read_back(KvFormat("fp8", 8), x)
+    found = read_back(Fp8(), x)
     scale = x.abs().amax(dim=1, keepdim=True) / 448
     # Half a unit in the last of 4 significant bits; below 2^-6 of the scale steps stop shrinking.
     bound = torch.maximum(x.abs() / 16, scale * 2**-10) * 1.002
     assert bool(((found - x).abs() <= bound).all())
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_zeros_and_extremes(format: KvFormat) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_zeros_and_extremes(name: str) -> None:
+    format = parse_format(name).keys
     zeros = torch.zeros(2, 16)
     assert torch.equal(read_back(format, zeros), zeros)
     for size in (1e-3, 1e4):
@@ -108,71 +134,88 @@ def test_zeros_and_extremes(format: KvFormat) -> None:
 )
 def test_formats_that_are_none(text: str) -> None:
     with pytest.raises(RecipeError, match="use fp8, or rotate:4"):
-        KvFormat.parse(text)
-
-
-@pytest.mark.parametrize(("method", "bits"), [("fp8", 4), ("rotate", 8), ("kivi", 2)])
-def test_settings_that_do_not_exist(method: str, bits: int) -> None:
-    with pytest.raises(RecipeError, match="no KV-cache format"):
-        KvFormat(method, bits)
+        parse_format(text)
 
 
 # The layer
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_token_by_token_is_all_at_once(format: KvFormat) -> None:
+@pytest.mark.parametrize("name", [*NAMES, "calibrated"])
+def test_token_by_token_is_all_at_once(name: str) -> None:
     keys, values = vectors(2, 3, 11, 20), vectors(2, 3, 11, 20, seed=1)
-    whole, pieces = PackedLayer(format), PackedLayer(format)
+    whole, pieces = layer_of(name, 3, 20), layer_of(name, 3, 20)
     seen = whole.update(keys, values)
     start = 0
     for length in (1, 1, 5, 4):
         stop = start + length
         got = pieces.update(keys[:, :, start:stop], values[:, :, start:stop])
         for part, expected in zip(got, seen, strict=True):
-            assert torch.equal(part, expected[:, :, :stop])
+            assert torch.allclose(part, expected[:, :, :stop], rtol=1e-6, atol=1e-6)
         start = stop
         assert pieces.get_seq_length() == stop
-    for one, other in zip(whole._parts(), pieces._parts(), strict=True):
+    held = [[*layer._parts[0], *layer._parts[1], *layer._sinks] for layer in (whole, pieces)]
+    for one, other in zip(*held, strict=True):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_the_first_update_is_quantised_already(format: KvFormat) -> None:
+@pytest.mark.parametrize("name", [*NAMES, "calibrated"])
+def test_the_first_update_is_quantised_already(name: str) -> None:
     """transformers' own quantised cache returns what it was given at first: a false zero error."""
     keys, values = vectors(1, 2, 9, 16), vectors(1, 2, 9, 16, seed=1)
-    for x, seen in zip((keys, values), PackedLayer(format).update(keys, values), strict=True):
-        assert torch.equal(seen, read_back(format, x)) and not torch.equal(seen, x)
+    layer = layer_of(name, 2, 16)
+    codecs = layer.format.keys, layer.format.values
+    seen = layer.update(keys, values)
+    for x, got, codec in zip((keys, values), seen, codecs, strict=True):
+        read = codec.decode(codec.encode(x), 16, torch.float32)
+        first = layer.format.sinks
+        assert torch.equal(got[:, :, first:], read[:, :, first:])
+        assert not torch.equal(got[:, :, first:], x[:, :, first:])
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("name", [*NAMES, "calibrated"])
 @pytest.mark.parametrize("width", [16, 20, 64, 80, 128])
-def test_bits_are_those_allocated(format: KvFormat, width: int) -> None:
+def test_bits_are_those_allocated(name: str, width: int) -> None:
     cache = DynamicCache()
-    cache.layers = [PackedLayer(format), PackedLayer(format)]
+    first = layer_of(name, 3, width)
+    cache.layers = [first, PackedLayer(first.format, first.positions)]
     for layer in cache.layers:
         assert layer.nbytes == layer.elements == 0
-        for length in (5, 1, 1):
+    for length in (5, 1, 1):
+        for layer in cache.layers:
             layer.update(vectors(2, 3, length, width), vectors(2, 3, length, width))
-        layer.crop(-2)
-        assert layer.elements == 2 * 2 * 3 * 5 * width
-        assert layer.nbytes * 8 == pytest.approx(layer.elements * format.bits_per_element(width))
-    assert bits_per_element(cache) == pytest.approx(format.bits_per_element(width))
-    expected = {"fp8": 8, "rotate:4": 4, "rotate:3": 3, "rotate:2": 2}[str(format)]
-    codes = width if expected == 8 else math.ceil(width / 8) * expected
-    assert format.bits_per_element(width) == 8 * (codes + 2) / width
+    cache.crop(-2)
+    tokens, sinks = 5, first.format.sinks
+    for layer in cache.layers:
+        assert layer.elements == 2 * 2 * 3 * tokens * width
+        kept = 2 * 2 * 3 * sinks * width * 2
+        ids = 2 * tokens * 4 if layer.owner else 0
+        formula = layer.elements * first.format.bits_per_element(3, width) / 8
+        assert layer.nbytes == pytest.approx(formula + kept + ids)
+    assert bits_per_element(cache) == pytest.approx(
+        8 * sum(layer.nbytes for layer in cache.layers) / (2 * cache.layers[0].elements)
+    )
+    found = first.format.bits_per_element(3, width)
+    if (
+        name == "calibrated"
+    ):  # codes; one slot of three bytes with keys; two numbers by token with values
+        codes = math.ceil(width / 8) * 8 * 3 / width
+        assert found == pytest.approx(codes + (24 / width + 32 / (3 * width)) / 2)
+        return
+    bits = {"fp8": 8, "rotate:4": 4, "rotate:3": 3, "rotate:2": 2}[name]
+    codes = width if bits == 8 else math.ceil(width / 8) * bits
+    assert found == 8 * (codes + 2) / width
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_rows_and_tokens_can_be_taken_away(format: KvFormat) -> None:
+@pytest.mark.parametrize("name", [*NAMES, "calibrated"])
+def test_rows_and_tokens_can_be_taken_away(name: str) -> None:
     keys, values = vectors(3, 2, 6, 16), vectors(3, 2, 6, 16, seed=1)
     nothing = keys[:, :, :0]
 
     def held(change: Any) -> tuple[Tensor, Tensor]:
-        layer = PackedLayer(format)
+        layer = layer_of(name, 2, 16)
         layer.update(keys, values)
         change(layer)
-        return layer.update(*(x[: layer.key_scales.shape[0]] for x in (nothing, nothing)))
+        return layer.update(*(x[: layer.keys.shape[0]] for x in (nothing, nothing)))
 
     full = held(lambda layer: layer.crop(0))
     order = torch.tensor([2, 0, 2])
@@ -183,7 +226,7 @@ def test_rows_and_tokens_can_be_taken_away(format: KvFormat) -> None:
             held(lambda layer, name=change: getattr(layer, name)(order)), full, strict=True
         ):
             assert torch.equal(got, want[order])
-    layer = PackedLayer(format)
+    layer = layer_of(name, 2, 16)
     layer.update(keys, values)
     layer.batch_repeat_interleave(2)
     nothing = nothing.repeat(2, 1, 1, 1)
@@ -216,28 +259,31 @@ def test_without_loss_generation_is_that_of_the_dynamic_cache(family: str, beams
     expected = generated(model, DynamicCache(config=model.config), ids, **options)
     if family == "mistral":
         with pytest.raises(RecipeError, match="no layer of full attention"):
-            packed_cache(model.config, Identity())
+            packed_cache(model, AS_IT_IS)
         return
-    cache = packed_cache(model.config, Identity())
+    cache = packed_cache(model, AS_IT_IS)
     kinds = [type(layer).__name__ for layer in cache.layers]
     assert len(kinds) == model.config.num_hidden_layers
     assert kinds.count("PackedLayer") == (2 if family.startswith("gemma") else len(kinds))
     assert generated(model, cache, ids, **options) == expected
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
+@pytest.mark.parametrize("name", [*NAMES, "calibrated"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
-def test_a_padded_batch_is_two_single_runs(family: str, format: KvFormat) -> None:
+def test_a_padded_batch_is_two_single_runs(family: str, name: str) -> None:
     model = tiny_model(family)
+    config = model.config
+    heads, width = config.num_key_value_heads, config.head_dim
+    format = calibrated(heads, width, sinks=2) if name == "calibrated" else parse_format(name)
     long, short = (
         torch.randint(3, 150, (1, n), generator=torch.Generator().manual_seed(n)) for n in (9, 5)
     )
     ids = torch.cat([long, torch.nn.functional.pad(short, (4, 0))])
     mask = (ids != 0).long()
-    together = generated(model, packed_cache(model.config, format), ids, attention_mask=mask)
+    together = generated(model, packed_cache(model, format), ids, attention_mask=mask)
     for row, one in enumerate((long, short)):
         alone = generated(
-            model, packed_cache(model.config, format), one, attention_mask=torch.ones_like(one)
+            model, packed_cache(model, format), one, attention_mask=torch.ones_like(one)
         )
         assert together[row] == alone[0]
 
@@ -246,10 +292,10 @@ def test_a_padded_batch_is_two_single_runs(family: str, format: KvFormat) -> Non
 def test_one_pass_over_a_text_is_decoding_it(tiny: Any, family: str) -> None:
     model = load(Checkpoint(tiny(family, "float32")), torch.float32, torch.device("cpu"))
     ids = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
-    format = KvFormat("rotate", 2)
+    format = parse_format("rotate:2")
 
     def make() -> DynamicCache:
-        return packed_cache(model.config, format)
+        return packed_cache(model, format)
 
     cache = make()
     with torch.no_grad():
@@ -265,17 +311,15 @@ def test_one_pass_over_a_text_is_decoding_it(tiny: Any, family: str) -> None:
     assert lossy.token_ppl != pytest.approx(free.token_ppl, rel=1e-4)
 
 
-@pytest.mark.parametrize("format", FORMATS, ids=str)
-def test_eval_reports_format_and_bits(
-    cli: Any, tiny: Any, text_file: Path, format: KvFormat
-) -> None:
+@pytest.mark.parametrize("name", NAMES)
+def test_eval_reports_format_and_bits(cli: Any, tiny: Any, text_file: Path, name: str) -> None:
     args = ["eval", tiny(), "--text", text_file, "--seqlen", 40, "--windows", 3, "--device", "cpu"]
-    result = cli(*args, "--kv-cache", str(format), "--against", tiny(), "--json", "-q")
+    result = cli(*args, "--kv-cache", name, "--against", tiny(), "--json", "-q")
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     assert document["kv_cache"] == {
-        "format": str(format),
-        "bits_per_element": pytest.approx(format.bits_per_element(10)),
+        "format": name,
+        "bits_per_element": pytest.approx(parse_format(name).bits_per_element(2, 10)),
         "quantised": "every update",
     }
     # The same weights on both sides: what differs is the cache, of CHECKPOINT alone.

@@ -19,11 +19,22 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "device": ("errors",),
     "methods": ("methods", "numerics", "architectures", "errors"),
     "ops": (),
-    "activation": ("shards", "numerics.histogram", "errors"),
+    "side_files": ("shards", "errors"),
+    "activation": ("shards", "side_files", "numerics.histogram", "errors"),
+    "kv_record": ("methods", "shards", "side_files", "errors"),
+    "observe": (),
     "recipe": ("methods", "errors"),
     "shards": ("errors",),
-    "artifact": ("activation", "shards", "numerics.packing", "errors", "__version__"),
-    "checkpoint": ("activation", "architectures", "artifact", "shards", "errors"),
+    "artifact": (
+        "activation",
+        "kv_record",
+        "shards",
+        "side_files",
+        "numerics.packing",
+        "errors",
+        "__version__",
+    ),
+    "checkpoint": ("activation", "architectures", "artifact", "kv_record", "shards", "errors"),
     "data": ("errors",),
     "source": ("shards", "errors"),
     "streams": (),
@@ -33,7 +44,6 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "activation",
         "artifact",
         "checkpoint",
-        "runtime.gates",
         "runtime",
         "numerics.packing",
         "errors",
@@ -42,6 +52,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "runtime",
         "integration",
         "activation",
+        "kv_record",
+        "methods",
         "ops",
         "numerics",
         "checkpoint",
@@ -49,12 +61,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "evaluate": ("device", "errors"),
     "passkey": ("device", "evaluate", "errors"),
-    "card": ("activation", "checkpoint", "recipe"),
+    "card": ("activation", "checkpoint", "kv_record", "recipe"),
+    "kv_calibration": ("blocks", "numerics", "observe", "runtime.positions", "errors"),
+    "kv_recipe": ("methods", "recipe", "errors"),
     "plan": ("blocks", "calibrate", "checkpoint", "data", "methods", "recipe", "errors"),
 }
 
 # What talks to people: only its own modules may use it.
-COMMANDS = ("prune_command", "sparsify_command", "eval_command")
+COMMANDS = ("prune_command", "sparsify_command", "quantize_kv_command", "eval_command")
 SKIN = ("cli", "command", "console", "__main__", *COMMANDS)
 
 

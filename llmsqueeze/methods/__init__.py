@@ -67,6 +67,18 @@ ACTIVATION_METHODS: dict[str, Entry] = {
     ),
 }
 
+KV_METHODS: dict[str, Entry] = {
+    "kvquant": Entry(
+        "llmsqueeze.methods.kvquant", "calibrated codebooks, keys before the rotary embedding"
+    ),
+    "rotate": Entry("", "Hadamard and the best codes of a normal distribution; no calibration"),
+    "fp8": Entry("", "e4m3 with a scale for every token and head; no calibration"),
+}
+
+# The bits that each of them comes in, and the one that is calibrated.
+KV_BITS: dict[str, tuple[int, ...]] = {"kvquant": (2, 3, 4), "rotate": (2, 3, 4), "fp8": (8,)}
+CALIBRATED_KV = "kvquant"
+
 # What `prune` does when no method is named: the best of these tables in README, for every pattern.
 DEFAULT_METHOD = "admm"
 DEFAULT_REFIT = "pcg"

@@ -33,7 +33,7 @@ def normal_codebook(bits: int) -> Tensor:
 def nearest(x: Tensor, codebook: Tensor) -> Tensor:
     """uint8, x's shape: the index of the nearest value of an ascending codebook, the lower one of two."""
     borders = (codebook[1:] + codebook[:-1]) / 2
-    return torch.bucketize(x, borders.to(x)).to(torch.uint8)
+    return torch.bucketize(x.contiguous(), borders.to(x)).to(torch.uint8)
 
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
@@ -43,7 +43,14 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     code 0.
     """
     count = codes.shape[-1]
-    codes = torch.nn.functional.pad(codes, (0, -count % 8)).unflatten(-1, (-1, 8)).long()
+    codes = torch.nn.functional.pad(codes, (0, -count % 8)) if count % 8 else codes
+    if 8 % bits == 0:  # whole codes in every byte
+        run = 8 // bits
+        packed = codes[..., ::run].to(torch.uint8, copy=True)
+        for i in range(1, run):
+            packed |= codes[..., i::run].to(torch.uint8) << bits * i
+        return packed
+    codes = codes.unflatten(-1, (-1, 8)).long()
     words = (codes << (bits * torch.arange(8, device=codes.device))).sum(dim=-1, keepdim=True)
     shifts = 8 * torch.arange(bits, device=codes.device)
     return (words >> shifts & 0xFF).to(torch.uint8).flatten(-2)
@@ -55,6 +62,30 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     words = (packed.unflatten(-1, (-1, bits)).long() << shifts).sum(dim=-1, keepdim=True)
     codes = words >> (bits * torch.arange(8, device=packed.device)) & (2**bits - 1)
     return codes.to(torch.uint8).flatten(-2)[..., :count]
+
+
+def lookup_table(codebook: Tensor, bits: int) -> Tensor:
+    """What look_up reads, of an fp32 codebook: the values of every run of codes that it takes at a time."""
+    run = 4 if bits == 3 else 8 // bits
+    index = torch.arange(2 ** (bits * run), device=codebook.device)
+    shifts = bits * torch.arange(run, device=codebook.device)
+    runs = codebook[index[:, None] >> shifts & (2**bits - 1)].contiguous()
+    # A run as one number of 8 or 16 bytes: picking those is several times faster than picking rows.
+    return runs.view(torch.int64 if run == 2 else torch.complex128).flatten()
+
+
+def look_up(packed: Tensor, table: Tensor, bits: int, count: int) -> Tensor:
+    """[..., count] fp32 values that packed codes of 2, 3 or 4 bits stand for; table: of lookup_table.
+
+    The same as indexing the codebook with unpack_codes, several codes at a time.
+    """
+    index = packed.int()
+    if bits == 3:  # three bytes are two runs of four codes
+        low, middle, high = index.unflatten(-1, (-1, 3)).unbind(-1)
+        index = torch.stack([low | (middle & 15) << 8, middle >> 4 | high << 4], -1).flatten(-2)
+    shape = (*index.shape[:-1], -1)
+    values = table.index_select(0, index.flatten()).view(torch.float32).view(shape)
+    return values if values.shape[-1] == count else values[..., :count]
 
 
 def _cell_mean(low: float, high: float) -> float:

@@ -14,9 +14,14 @@ def hadamard(x: Tensor) -> Tensor:
     D that is no power of two is turned in blocks of the largest power of two that divides it.
     """
     width = x.shape[-1]
-    block = width & -width
+    block = block_of(width)
     matrix = _matrix(block).to(x)
     return (x.unflatten(-1, (-1, block)) @ matrix).flatten(-2)
+
+
+def block_of(width: int) -> int:
+    """The largest power of two that divides the width."""
+    return width & -width
 
 
 @functools.lru_cache(maxsize=16)

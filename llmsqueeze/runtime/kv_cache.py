@@ -6,102 +6,118 @@ forward pass over a text measures what decoding it token by token would.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import DynamicLayer
 
-from llmsqueeze.errors import RecipeError
-from llmsqueeze.numerics.codebook import nearest, normal_codebook, pack_codes, unpack_codes
-from llmsqueeze.numerics.hadamard import hadamard
-
-METHODS = ("fp8", "rotate")
-ROTATE_BITS = (2, 3, 4)
-FP8_MAX = 448.0  # of e4m3
+from llmsqueeze.errors import CheckpointError, RecipeError
+from llmsqueeze.kv_record import KvRecord
+from llmsqueeze.methods import CALIBRATED_KV, KV_BITS
+from llmsqueeze.numerics.feedback import Feedback
+from llmsqueeze.numerics.kv_codecs import (
+    ChannelCodec,
+    Codebook,
+    Codec,
+    Fp8,
+    Rotated,
+    TokenCodec,
+)
+from llmsqueeze.numerics.rope import rotate, unrotate
+from llmsqueeze.runtime.positions import Positions, rope_of
 
 
 @dataclass(frozen=True)
-class KvFormat:
-    """method: fp8, or rotate with `bits`, 2 to 4. Both need no calibration.
+class LayerFormat:
+    """How one layer is packed. sinks: first positions of every row that are kept in 16 bits beside."""
 
-    fp8: e4m3, scaled by the largest magnitude of every token and head. rotate: the vector of every token
-    and head turned by a Hadamard matrix, after which its entries are nearly normal, then coded by the best
-    values for a normal distribution (TurboQuant, arXiv 2504.19874, without its residual) and a scale.
-    """
+    keys: Codec
+    values: Codec
+    sinks: int = 0
 
-    method: str
-    bits: int
+    def to(self, device: torch.device) -> LayerFormat:
+        return LayerFormat(self.keys.to(device), self.values.to(device), self.sinks)
 
-    def __post_init__(self) -> None:
-        allowed = (8,) if self.method == "fp8" else ROTATE_BITS
-        if self.method not in METHODS or self.bits not in allowed:
-            raise RecipeError(f"{self} is no KV-cache format; use fp8, or rotate:4, :3 or :2")
-
-    @classmethod
-    def parse(cls, text: str) -> KvFormat:
-        """fp8 or rotate:BITS; RecipeError on anything else."""
-        method, _, bits = text.partition(":")
-        if text == "fp8":
-            return cls("fp8", 8)
-        if method == "rotate" and bits in map(str, ROTATE_BITS):
-            return cls(method, int(bits))
-        raise RecipeError(f"unknown KV-cache format {text!r}; use fp8, or rotate:4, :3 or :2")
-
-    def __str__(self) -> str:
-        return "fp8" if self.method == "fp8" else f"{self.method}:{self.bits}"
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [..., bytes] (uint8, or e4m3) and scales [..., 1] fp16 of [..., D]."""
-        x = x.float()
-        if self.method == "fp8":
-            # The scale is used as it is stored, and never 0: it divides.
-            scale = (x.abs().amax(dim=-1, keepdim=True) / FP8_MAX).half().clamp_min(_TINY)
-            return (x / scale.float()).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
-        turned = hadamard(x)
-        codebook = normal_codebook(self.bits).to(x)
-        power = turned.square().mean(dim=-1, keepdim=True).sqrt()
-        codes = nearest(turned / power.clamp_min(_TINY), codebook)
-        # The scale that brings the coded vector nearest to the true one.
-        coded = codebook[codes.long()]
-        scale = (turned * coded).sum(-1, keepdim=True) / coded.square().sum(-1, keepdim=True)
-        return pack_codes(codes, self.bits), scale.half()
-
-    def decode(self, codes: Tensor, scale: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        """[..., width] in `dtype`: what encode's results stand for. Computed in fp32."""
-        if self.method == "fp8":
-            return (codes.float() * scale.float()).to(dtype)
-        codebook = normal_codebook(self.bits).float().to(codes.device)
-        turned = codebook[unpack_codes(codes, self.bits, width).long()] * scale.float()
-        return hadamard(turned).to(dtype)
-
-    def bits_per_element(self, width: int) -> float:
-        """Stored bits by key or value entry, scales and padding included."""
-        codes = width if self.method == "fp8" else -(-width // 8) * self.bits
-        return 8 * (codes + torch.finfo(torch.float16).bits // 8) / width
+    def bits_per_element(self, heads: int, width: int) -> float:
+        """Stored bits by key or value entry, sinks and positions aside."""
+        both = self.keys.bits_per_element(heads, width), self.values.bits_per_element(heads, width)
+        return sum(both) / 2
 
 
-_TINY = float(torch.finfo(torch.float16).smallest_normal)
+def parse_format(text: str) -> LayerFormat:
+    """fp8 or rotate:BITS; RecipeError on anything else."""
+    method, _, bits = text.partition(":")
+    if text == "fp8":
+        return LayerFormat(Fp8(), Fp8())
+    if method == "rotate" and bits in map(str, KV_BITS[method]):
+        return LayerFormat(Rotated(int(bits)), Rotated(int(bits)))
+    raise RecipeError(f"unknown KV-cache format {text!r}; use fp8, or rotate:4, :3 or :2")
+
+
+def stored_formats(record: KvRecord, tensors: Mapping[str, Tensor]) -> dict[int, LayerFormat]:
+    """Layer → format, of a checkpoint's record and tensors."""
+    if record.method != CALIBRATED_KV:
+        name = record.method if record.method == "fp8" else f"{record.method}:{record.bits}"
+        return dict.fromkeys(record.layers, parse_format(name))
+    formats = {}
+    for layer in record.layers:
+        part = {name: tensors[f"{layer}.{name}"] for name in _PARTS}
+        feedback = None
+        if record.rank:
+            diagonal, factors = (tensors[f"{layer}.key_{n}"] for n in ("diagonal", "factors"))
+            feedback = Feedback.of(diagonal, factors)
+        keys = ChannelCodec(
+            Codebook(record.bits, part["key_encode"].double(), part["key_decode"].double()),
+            part["key_offset"].float()[:, None],
+            part["key_scale"].float()[:, None],
+            record.key_slots,
+            feedback,
+        )
+        book = Codebook(record.bits, part["value_encode"].double(), part["value_decode"].double())
+        values = TokenCodec(book, record.value_slots, record.turned)
+        formats[layer] = LayerFormat(keys, values, record.sinks)
+    return formats
+
+
+_PARTS = ("key_offset", "key_scale", "key_encode", "key_decode", "value_encode", "value_decode")
 
 
 class PackedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformers
-    """Keys and values of one layer, packed: [batch, heads, tokens, …] in all parts.
+    """Keys and values of one layer, packed.
 
-    It offers what DynamicLayer offers; `keys` and `values` hold the codes.
+    It offers what DynamicLayer offers; `keys` and `values` hold the codes. positions: shared by the
+    layers of a cache, needed for keys that are coded before the rotary embedding and for sinks; owner:
+    this is the layer that keeps them up to date, the first that is packed.
     """
 
-    def __init__(self, format: KvFormat) -> None:
+    def __init__(
+        self, format: LayerFormat, positions: Positions | None = None, owner: bool = False
+    ) -> None:
         super().__init__()
         self.format = format
+        self.positions = positions
+        self.owner = owner
+        self._parts: list[list[Tensor]] = [[], []]
+        self._sinks: list[Tensor] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.device, self.dtype = key_states.device, key_states.dtype
         self.widths = (key_states.shape[-1], value_states.shape[-1])
-        self.keys, self.key_scales = self.format.encode(key_states[..., :0, :])
-        self.values, self.value_scales = self.format.encode(value_states[..., :0, :])
+        codecs = self.format.keys, self.format.values
+        for side, codec in enumerate(codecs):
+            empty = (key_states, value_states)[side][..., :0, :]
+            self._parts[side] = list(codec.encode(empty))
+        self.keys, self.values = self._parts[0][0], self._parts[1][0]
+        if self.format.sinks:
+            kept = self.dtype if self.dtype.itemsize == 2 else torch.bfloat16
+            self._sinks = [
+                x.new_zeros(*x.shape[:2], self.format.sinks, x.shape[3], dtype=kept)
+                for x in (key_states, value_states)
+            ]
         self.is_initialized = True
 
     def update(
@@ -110,16 +126,22 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformer
         """Append [batch, heads, tokens, width] each; returns all keys and values as they lie packed."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        added = (*self.format.encode(key_states), *self.format.encode(value_states))
-        self._replace(
-            [torch.cat([old, new], dim=-2) for old, new in zip(self._parts(), added, strict=True)]
-        )
-        keys, key_scales, values, value_scales = self._parts()
-        decode = self.format.decode
-        return (
-            decode(keys, key_scales, self.widths[0], self.dtype),
-            decode(values, value_scales, self.widths[1], self.dtype),
-        )
+        batch, _, length, _ = key_states.shape
+        if self.positions and self.owner:
+            self.positions.append(batch, length, self.device)
+        arriving = key_states
+        if self.format.keys.pre_rope and self.positions and self.positions.rope:
+            arriving = unrotate(key_states.float(), *self.positions.newest())
+        added = self.format.keys.encode(arriving), self.format.values.encode(value_states)
+        for side in (0, 1):
+            old = self._parts[side]
+            self._parts[side] = [
+                torch.cat([o, n], dim=-2) for o, n in zip(old, added[side], strict=True)
+            ]
+        self._show()
+        if self.format.sinks:
+            self._keep_sinks(key_states, value_states)
+        return self._read()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; as everywhere in transformers, their number is given negative."""
@@ -127,14 +149,13 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformer
             raise ValueError("give the number of tokens to remove as a negative number")
         if tokens_to_remove and self.is_initialized:
             self._each(lambda part: part[..., :tokens_to_remove, :])
+            self._move(lambda ids: ids[:, :tokens_to_remove])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self._each(lambda part: part.repeat_interleave(repeats, dim=0))
+        self._rows(lambda part: part.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            self._each(lambda part: part[indices.to(part.device)])
+        self._rows(lambda part: part[indices.to(part.device)])
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -143,47 +164,129 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformer
         """Forget every token."""
         self.is_initialized = False
         self.keys = self.values = None
+        self._parts, self._sinks = [[], []], []
+        if self.positions and self.owner:
+            self.positions.change(None)
 
     @property
     def elements(self) -> int:
         """Key and value entries held."""
         if not self.is_initialized:
             return 0
-        return self.key_scales.numel() * self.widths[0] + self.value_scales.numel() * self.widths[1]
+        return sum(
+            parts[0].shape[:3].numel() * width
+            for parts, width in zip(self._parts, self.widths, strict=True)
+        )
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for them."""
+        """Bytes allocated for them: codes, scales, outliers, sinks, and positions with their owner."""
         if not self.is_initialized:
             return 0
-        return sum(part.untyped_storage().nbytes() for part in self._parts())
+        held = [*self._parts[0], *self._parts[1], *self._sinks]
+        if self.positions and self.owner and self.positions.ids is not None:
+            held.append(self.positions.ids)
+        return sum(part.untyped_storage().nbytes() for part in held)
 
-    def _parts(self) -> list[Tensor]:
-        return [self.keys, self.key_scales, self.values, self.value_scales]
+    def _read(self) -> tuple[Tensor, Tensor]:
+        keys_format, values_format = self.format.keys, self.format.values
+        pre_rope = bool(keys_format.pre_rope and self.positions and self.positions.rope)
+        dtype = torch.float32 if pre_rope else self.dtype
+        keys = keys_format.decode(tuple(self._parts[0]), self.widths[0], dtype)
+        if pre_rope:
+            assert self.positions is not None
+            keys = rotate(keys, *self.positions.all(self.dtype)).to(self.dtype)
+        values = values_format.decode(tuple(self._parts[1]), self.widths[1], self.dtype)
+        if self.format.sinks:
+            assert self.positions is not None
+            rows, tokens, slots = self.positions.first(self.format.sinks)
+            for x, kept in zip((keys, values), self._sinks, strict=True):
+                x[rows, :, tokens] = kept[rows, :, slots].to(x.dtype)
+        return keys, values
 
-    def _replace(self, parts: list[Tensor]) -> None:
-        self.keys, self.key_scales, self.values, self.value_scales = parts
+    def _keep_sinks(self, keys: Tensor, values: Tensor) -> None:
+        """Copy what stands at the first positions."""
+        assert self.positions is not None
+        for slot, rows, places in self.positions.arrived(self.format.sinks):
+            for x, kept in zip((keys, values), self._sinks, strict=True):
+                kept[rows, :, slot] = x[rows, :, places].to(kept.dtype)
+
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.is_initialized:
+            self._each(change)
+            self._sinks = [change(part) for part in self._sinks]
+            self._move(change)
+
+    def _move(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.positions and self.owner and self.positions.ids is not None:
+            self.positions.change(change(self.positions.ids).clone())
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         # Indexing and repeating are not there for float8 on every device; bytes are the same to them.
-        self._replace([change(p.view(torch.uint8)).clone().view(p.dtype) if p.itemsize == 1
-                       else change(p).clone() for p in self._parts()])  # fmt: skip
+        self._parts = [
+            [
+                change(p.view(torch.uint8)).clone().view(p.dtype)
+                if p.dtype == torch.float8_e4m3fn
+                else change(p).clone()
+                for p in side
+            ]
+            for side in self._parts
+        ]
+        self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = self._parts[0][0], self._parts[1][0]
 
 
-def packed_cache(config: PretrainedConfig, format: KvFormat) -> DynamicCache:
-    """A cache for a model of this config, full-attention layers packed, the others transformers' own.
+def attach(model: nn.Module, formats: Mapping[int, LayerFormat]) -> None:
+    """Remember how a model's cache is to be packed, for attached_cache."""
+    model.llmsqueeze_kv_formats = dict(formats)  # type: ignore[assignment]
 
-    RecipeError when no layer is one of full attention.
+
+def attached_cache(model: nn.Module) -> DynamicCache:
+    """A new cache as the model's checkpoint says; RecipeError when it says nothing."""
+    formats: Any = getattr(model, "llmsqueeze_kv_formats", None)
+    if not formats:
+        raise RecipeError("this model's checkpoint has no KV-cache format; run quantize-kv on it")
+    device = next(model.parameters()).device
+    if getattr(model, "llmsqueeze_kv_device", None) != device:
+        formats = {layer: format.to(device) for layer, format in formats.items()}
+        model.llmsqueeze_kv_formats, model.llmsqueeze_kv_device = formats, device  # type: ignore[assignment]
+    return packed_cache(model, formats)
+
+
+def packed_cache(model: nn.Module, format: LayerFormat | Mapping[int, LayerFormat]) -> DynamicCache:
+    """A cache for a model, full-attention layers packed, the others transformers' own.
+
+    format: of all of them, or by layer. RecipeError when no layer is one of full attention.
     """
-    cache = DynamicCache(config=config.get_text_config(decoder=True))
+    config: PretrainedConfig = model.config  # type: ignore[assignment]
+    config = config.get_text_config(decoder=True)
+    cache = DynamicCache(config=config)
     if not cache.layers:  # a config without layer types: all are of full attention
         cache.layers = [DynamicLayer() for _ in range(config.num_hidden_layers)]
-    cache.layers = [
-        PackedLayer(format) if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
-    if not any(isinstance(layer, PackedLayer) for layer in cache.layers):
-        raise RecipeError("this model has no layer of full attention, whose cache could be packed")
+    full = packable(config)
+    formats = dict(format) if isinstance(format, Mapping) else dict.fromkeys(full, format)
+    if stray := set(formats) - set(full):
+        raise CheckpointError(f"layer {min(stray)} of this model has no cache of full attention")
+    positions = None
+    if any(f.sinks or f.keys.pre_rope for f in formats.values()):
+        positions = Positions(rope_of(model), "full_attention")
+    for index in sorted(formats):
+        cache.layers[index] = PackedLayer(formats[index], positions, index == min(formats))
     return cache
+
+
+def packable(config: PretrainedConfig) -> list[int]:
+    """Indices of the layers of full attention; RecipeError if there are none."""
+    config = config.get_text_config(decoder=True)
+    layers = DynamicCache(config=config).layers
+    if not layers:
+        return list(range(config.num_hidden_layers))
+    found = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
+    if not found:
+        raise RecipeError("this model has no layer of full attention, whose cache could be packed")
+    return found
 
 
 def bits_per_element(cache: DynamicCache) -> float:

@@ -1,0 +1,63 @@
+"""Files of tensors beside the weights of a checkpoint: what calibration found out.
+
+Their hashes stand in the manifest, which is what makes them part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llmsqueeze.errors import CheckpointError
+from llmsqueeze.shards import (
+    ShardRecord,
+    StoredTensor,
+    hash_file,
+    hash_header,
+    load,
+    read_header,
+)
+
+
+def write_side_file(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> ShardRecord:
+    """Write tensors into a checkpoint that is being made."""
+    path = directory / name
+    save_file({key: t.contiguous().cpu() for key, t in tensors.items()}, path)
+    return ShardRecord(path.stat().st_size, hash_file(path), hash_header(path))
+
+
+def open_side_file(
+    directory: Path, name: str, record: ShardRecord, expected: Mapping[str, tuple[int, ...]]
+) -> dict[str, StoredTensor]:
+    """Headers of the tensors. expected: their names and shapes, -1 for any extent.
+
+    CheckpointError when the file is missing, changed, or holds anything else.
+    """
+    path = directory / name
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; it holds what calibration found")
+    if hash_header(path) != record.header_sha256:
+        raise CheckpointError(f"{path}: header differs from the manifest; the file is damaged")
+    stored = {tensor.name: tensor for tensor in read_header(path)}
+    for key in sorted(set(expected) ^ set(stored)):
+        raise CheckpointError(f"{path}: {key} does not fit the manifest")
+    for key, shape in expected.items():
+        found = stored[key].shape
+        if len(found) != len(shape) or any(
+            w not in (-1, f) for w, f in zip(shape, found, strict=True)
+        ):
+            raise CheckpointError(f"{path}: {key} has shape {found}, the manifest needs {shape}")
+    return stored
+
+
+def read_side_file(stored: Mapping[str, StoredTensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU; CheckpointError on NaN or Inf."""
+    tensors = load(stored.values())
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise CheckpointError(f"{name} holds NaN or Inf; the calibration is damaged")
+    return tensors
