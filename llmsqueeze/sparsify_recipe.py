@@ -16,7 +16,7 @@ ALLOCATIONS = ("uniform", "greedy")
 # The best of the table in README at equal bytes.
 DEFAULT_ACTIVATION_METHOD = "teal"
 # What o sees shrinks with the length of the text: thresholds are for windows as long as these.
-DEFAULT_SAMPLES, DEFAULT_SEQLEN = 8, 2048
+DEFAULT_SAMPLES, DEFAULT_SEQLEN = 16, 2048
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -32,13 +33,21 @@ def allocate(
     error: of the block's output when the gates drop these shares. weight: gate → bytes that it decides
     about. target: the mean of the shares, weighted so, in [0, MOST]. step: share of all bytes that one
     step saves; the last step is shortened to end at the target. The path is empty at target 0.
+
+    Lazily (Minoux 1978): a step tries a gate anew only while its rise when last tried is the least. Exact as
+    long as no gate gets cheaper by what others, or itself, drop.
     """
     total = sum(weight.values())
     saved = EVEN * target
     shares = dict.fromkeys(weight, saved)
     path: list[GreedyStep] = []
+    reached = error(shares) if target else 0.0
+    # What raising a gate cost when it was last tried, and how many steps had been taken by then.
+    rises: dict[str, tuple[float, int]] = {}
     while saved < target - 1e-9:
         amount = min(step, target - saved) * total
+        if amount < step * total - 1e-9:
+            rises = {}  # of whole steps; this one is shorter
         trials = {}
         for name, bytes_ in weight.items():
             raised = shares[name] + amount / bytes_
@@ -48,10 +57,15 @@ def allocate(
             # What is left fits no gate whole: fill the roomiest, at least one has room.
             name = max(shares, key=lambda n: (MOST - shares[n]) * weight[n])
             trials[name] = {**shares, name: MOST}
-        best, least = min(
-            ((name, error(trial)) for name, trial in trials.items()), key=lambda pair: pair[1]
-        )
+            rises = {}
+        while True:
+            best = min(trials, key=lambda name: rises.get(name, (-math.inf, -1))[0])
+            rise, tried = rises.get(best, (0.0, -1))
+            if tried == len(path):
+                break
+            rises[best] = error(trials[best]) - reached, len(path)
         shares = trials[best]
+        reached += rise
         saved = sum(shares[name] * weight[name] for name in weight) / total
-        path.append(GreedyStep(saved, least, dict(shares)))
+        path.append(GreedyStep(saved, reached, dict(shares)))
     return path

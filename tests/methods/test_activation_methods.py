@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from random import Random
 
 import pytest
 import torch
@@ -272,8 +273,33 @@ def test_greedy_takes_the_cheapest_step_each_time() -> None:
         pytest.approx({"a": 0.7, "b": 0.3}),
         pytest.approx({"a": 0.7, "b": 0.5}),
     ]
+    # The even start; both gates; then a is still cheaper; then b is, as last tried.
     assert len(seen) == 6
     assert greedy.allocate(error, {"a": 1.0}, 0.0, 0.1) == []
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_greedy_finds_what_trying_every_gate_finds(seed: int) -> None:
+    draw = Random(seed).uniform
+    weight = {name: draw(1, 8) for name in ("qkv", "o", "gate_up", "down")}
+    costs = {name: (draw(0.1, 5), draw(1.5, 4)) for name in weight}
+    tried = 0
+
+    def error(shares: Mapping[str, float]) -> float:
+        nonlocal tried
+        tried += 1
+        alone = sum(scale * shares[n] ** power for n, (scale, power) in costs.items())
+        return alone + 0.5 * shares["qkv"] * shares["o"]
+
+    total, shares, steps = sum(weight.values()), dict.fromkeys(weight, 0.25), 10
+    for _ in range(steps):
+        raised = [{**shares, n: shares[n] + 0.025 * total / weight[n]} for n in weight]
+        shares = min((r for r in raised if max(r.values()) <= greedy.MOST), key=error)
+    tried = 0
+    path = greedy.allocate(error, weight, 0.5, 0.025)
+    assert path[-1].sparsity == pytest.approx(shares)
+    assert path[-1].error == pytest.approx(error(shares))
+    assert tried < 0.75 * 4 * steps
 
 
 def test_every_method_has_what_the_table_promises() -> None:
