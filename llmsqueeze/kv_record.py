@@ -48,8 +48,9 @@ class KvRecord:
         """As --kv-cache writes a format, with what is kept exactly."""
         if self.method == "fp8":
             return "fp8"
-        extra = [f"{self.key_slots + self.value_slots} outlier slots"] * bool(self.key_slots)
-        return ", ".join([f"{self.method}:{self.bits}", *extra])
+        slots = self.key_slots + self.value_slots
+        kept = f", {slots} outlier slot{'s' * (slots > 1)}" if slots else ""
+        return f"{self.method}:{self.bits}{kept}"
 
     @classmethod
     def from_raw(cls, raw: dict[str, Any]) -> KvRecord:

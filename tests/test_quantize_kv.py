@@ -349,7 +349,7 @@ def test_the_command_and_what_follows_it(
         "-q",
     ]
     stored = json.loads(cli("eval", out, *evaluated).stdout)
-    assert stored["kv_cache"]["format"] == "kvquant:3, 1 outlier slots"
+    assert stored["kv_cache"]["format"] == "kvquant:3, 1 outlier slot"
     assert stored["kv_cache"]["bits_per_element"] > document["bits_per_element"]  # sinks, positions
     none = json.loads(cli("eval", out, "--kv-cache", "none", *evaluated).stdout)
     assert "kv_cache" not in none and none["token_ppl"] != stored["token_ppl"]
