@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llmsqueeze.blocks import LoadedBlock, Run
 from llmsqueeze.errors import CalibrationError
@@ -88,6 +90,7 @@ def observe_block(
 
 def gradients(
     model: Any,
+    blocks: Sequence[nn.Module],
     tokens: Tensor,
     turn: tuple[Tensor, Tensor] | None,
     *,
@@ -96,15 +99,12 @@ def gradients(
 ) -> dict[int, Tensor]:
     """Layer → [heads, samples · kept tokens, D] fp32 on the CPU: the loss's gradient with respect to keys.
 
-    One sample at a time, every block computed again on the way back, so that memory holds one block's
-    activations. The loss is the sum over a sample's predictions.
+    blocks: the model's. One sample at a time, every block computed again on the way back, so that memory
+    holds one block's activations. The loss is the sum over a sample's predictions.
     """
     found: dict[int, list[Tensor]] = {}
 
     def see(attention: Attention) -> None:
-        if not attention.key.requires_grad:
-            return  # the first pass, whose activations are not kept
-
         def keep(gradient: Tensor, layer: int = attention.layer) -> None:
             own = gradient[0].float()
             own = unrotate(own, *turn) if turn else own
@@ -112,13 +112,12 @@ def gradients(
 
         attention.key.register_hook(keep)
 
-    # transformers 5.24 changed the name.
-    enable = getattr(model, "activation_checkpointing_enable", None)
-    (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    model.train()  # checkpointing happens in training only; no family here has dropout that is not 0
     device = next(model.parameters()).device
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    # transformers checkpoints activations in training mode only, which would switch dropout on.
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
     try:
         with observing(model.config, see), torch.enable_grad():
             for index, sample in enumerate(tokens):
@@ -131,7 +130,8 @@ def gradients(
                 torch.autograd.backward(loss)
                 on_sample(index + 1, len(tokens))
     finally:
-        model.eval()
+        for block in blocks:
+            del block.forward  # the class's own forward shows again
     return {layer: torch.cat(parts, dim=1) for layer, parts in found.items()}
 
 

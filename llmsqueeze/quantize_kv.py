@@ -159,7 +159,8 @@ def _calibrate(
     if recipe.config.fisher:
         model = load(checkpoint, dtype, device)
         turn = tables(model, length, dtype, device)
-        found = gradients(model, tokens, turn, sinks=record.sinks, on_sample=on_gradient)
+        blocks = list(model.get_submodule(checkpoint.blocks_path))
+        found = gradients(model, blocks, tokens, turn, sinks=record.sinks, on_sample=on_gradient)
         del model
     tensors: dict[str, Tensor] = {}
     turn = None

@@ -140,7 +140,9 @@ def test_gradients_are_the_loss_s(tiny: Tiny) -> None:
     path, ids = tiny("llama", "float32"), tokens(2, 13)
     model = load(Checkpoint(path), torch.float32, CPU).double()
     turn = tables(model, 13, torch.float64, CPU)
-    found = gradients(model, ids, turn, sinks=1, on_sample=lambda done, total: None)
+    found = gradients(
+        model, model.model.layers, ids, turn, sinks=1, on_sample=lambda done, total: None
+    )
     assert sorted(found) == [0, 1, 2]
     kept = range(1, 13, STRIDE)
     assert found[1].shape == (2, 2 * len(kept), 10)
@@ -175,6 +177,18 @@ def test_gradients_are_the_loss_s(tiny: Tiny) -> None:
         ) / 0.04  # norms compute in fp32: smaller steps drown in their rounding
         got = float(found[1][head, sample * len(kept) + index, channel])
         assert got == pytest.approx(slope, rel=1e-2, abs=3e-5)
+
+
+def test_gradients_are_without_dropout(tiny: Tiny) -> None:
+    model = load(Checkpoint(tiny("opt", "float32", dropout=0.5)), torch.float32, CPU)
+    blocks, ids = model.model.decoder.layers, tokens(2, 13)
+    found = [
+        gradients(model, blocks, ids, None, sinks=1, on_sample=lambda done, total: None)
+        for _ in range(2)
+    ]
+    assert found[0].keys() == {0, 1, 2}
+    assert all(torch.equal(found[0][layer], found[1][layer]) for layer in found[0])
+    assert not model.training and "forward" not in vars(blocks[0])
 
 
 def test_an_observed_model_computes_what_it_did(tiny: Tiny) -> None:
