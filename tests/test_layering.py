@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,16 @@ def test_only_the_console_prints(path: Path) -> None:
 def test_modules_stay_readable(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 500
     assert path.stem not in ("utils", "helpers", "common")
+
+
+def test_every_package_is_installed() -> None:
+    """An editable installation has them all anyway: only users would miss one."""
+    project = (PACKAGE.parent / "pyproject.toml").read_text()
+    listed = re.search(r"^packages = \[(.*?)\]", project, re.DOTALL | re.MULTILINE)
+    assert listed
+    found = {
+        ".".join(path.parent.relative_to(PACKAGE.parent).parts)
+        for path in PACKAGE.rglob("__init__.py")
+        if path.parent.name != "_calib_data"
+    }
+    assert set(re.findall(r'"(.*?)"', listed[1])) == found | {"llmsqueeze._calib_data"}
