@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from llmsqueeze import __version__
+from llmsqueeze.bench_command import bench
 from llmsqueeze.command import (
     CHECKPOINT_HELP,
     EXIT_INTERRUPTED,
@@ -57,8 +58,8 @@ def main() -> NoReturn:
 def cli() -> None:
     """Make language models smaller, and measure what it cost.
 
-    prune a checkpoint, sparsify its activations, quantize-kv its cache, eval what it lost, inspect what
-    is inside, convert between forms.
+    prune a checkpoint, sparsify its activations, quantize-kv its cache, eval what it lost, bench how fast
+    it is, inspect what is inside, convert between forms.
     """
 
 
@@ -66,6 +67,7 @@ cli.add_command(prune)
 cli.add_command(sparsify)
 cli.add_command(quantize_kv)
 cli.add_command(evaluate)
+cli.add_command(bench)
 
 
 @cli.command(

@@ -82,6 +82,9 @@ Bits are those allocated, scales, outliers and sinks included.
 @click.option("--kv-cache", metavar="FORMAT",
               help="Quantise the KV cache: fp8, rotate:4, rotate:3 or rotate:2 (Hadamard and the best codes "
               "of a normal distribution; no calibration) or none.  [default: CHECKPOINT's]")  # fmt: skip
+@click.option("--backend", type=click.Choice(["kernels", "reference"]),
+              help="How compressed weights are computed with: as they are, by CUDA kernels, or made dense. "
+              "[default: kernels on a GPU in 16 bits, else reference]")  # fmt: skip
 @click.option("--passkey", is_flag=True,
               help="Also measure how often a key hidden in a long text is found.")  # fmt: skip
 @device_option
@@ -98,6 +101,7 @@ def evaluate(
     dtype: str,
     gate: str | None,
     kv_cache: str | None,
+    backend: str | None,
     passkey: bool,
     device: str,
     offline: bool,
@@ -143,6 +147,9 @@ def evaluate(
         raise RecipeError(f"{against} and {checkpoint} have different vocabularies")
     precision = evaluation_dtype(dtype, opened.dtype, where)
     length = window_length(opened, seqlen)
+    if backend is None:
+        half = precision in (torch.bfloat16, torch.float16)
+        backend = "kernels" if where.type == "cuda" and half else "reference"
 
     def cut(source: Checkpoint) -> Windows:
         tokenizer = load_tokenizer(source.path)
@@ -151,7 +158,7 @@ def evaluate(
         return made
 
     def measure(source: Checkpoint, label: str, packed: bool = False) -> Measured:
-        model = load(source, precision, where)
+        model = load(source, precision, where, kernels=backend == "kernels")
         gating = gating_of(model)
         if gating:
             gating.policy = policy
@@ -200,6 +207,7 @@ def evaluate(
         "bos": bos,
         "dtype": str(precision).removeprefix("torch."),
         "device": str(where),
+        "backend": backend,
         "text": cutting.source,
         "text_sha256": cutting.text_sha256,
         "seconds": mine.seconds,
@@ -220,7 +228,7 @@ def evaluate(
         rows["keys found"] = f"{measured.retrieval.accuracy:.0%} of {count} in {size_} tokens"
     rows |= {
         "text": f"{cutting.source}, {mine.windows} windows, {mine.tokens} predictions",
-        "dtype": document["dtype"],
+        "dtype": f"{document['dtype']}, {backend}",
     }
     if measured.kv_bits is not None:
         bits, format = measured.kv_bits, str(stored or kv_cache)

@@ -153,3 +153,132 @@ def test_a_quantised_cache_is_nearly_that_of_the_cpu(
     close = (logits[0] - logits[1]).abs().amax(dim=-1) < 1e-3
     assert float(close.float().mean()) > 0.8
     assert torch.allclose(logits[0], logits[1], atol=0.3)
+
+
+def _pattern(name: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    weight = torch.randn(rows, columns, device="cuda")
+    if name == "2:4":
+        order = torch.rand(rows, columns // 4, 4, device="cuda").argsort(-1)
+        keep = (order < 2).flatten(1)
+    elif name == "ragged":  # as SparseGPT leaves them: rows of every length
+        keep = torch.rand(rows, columns, device="cuda") > torch.rand(rows, 1, device="cuda")
+    else:
+        kept = weight.abs().topk(round(columns * (1 - float(name))), dim=1).indices
+        keep = torch.zeros_like(weight).scatter_(1, kept, 1).bool()
+    return (weight * keep).to(dtype)
+
+
+def _off(y: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((y.double() - expected).norm() / expected.norm())
+
+
+# As much as rounding the result alone costs: bf16 2^-9 / sqrt(3), fp16 an eighth of that.
+ROUNDING = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize("pattern", ["2:4", "0.5", "0.7", "ragged"])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(16, 256), (40, 264), (576, 1536), (192, 576), (9000, 512), (256, 14336)]
+)
+def test_kernels_find_the_product(
+    pattern: str, rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    from llmsqueeze.runtime.linears import GapLinear, Sparse24Linear
+
+    weight = _pattern(pattern, rows, columns, dtype)
+    for bias in (None, torch.randn(rows, device="cuda").to(dtype)):
+        linear = (Sparse24Linear if pattern == "2:4" else GapLinear)(weight, bias)
+        for tokens in (1, 2, 3, 4, 5, 8, 9, 16, 31, 64, 65, 200):
+            x = torch.randn(tokens, columns, device="cuda").to(dtype)
+            expected = x.double() @ weight.double().t()
+            expected = expected if bias is None else expected + bias.double()
+            y = linear(x)
+            assert _off(y, expected) < ROUNDING[dtype], tokens
+            assert torch.equal(y, linear(x))
+
+
+@pytest.mark.parametrize("dtype", list(ROUNDING))
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(16, 256), (41, 264), (9000, 512), (20_000, 576), (4096, 14336)]
+)
+def test_gated_kernels_find_the_product(rows: int, columns: int, dtype: torch.dtype) -> None:
+    from llmsqueeze.ops import input_major
+
+    weight = input_major(torch.randn(rows, columns, device="cuda").to(dtype))
+    bias = torch.randn(rows, device="cuda").to(dtype)
+    for tokens in (1, 2):
+        x = torch.randn(tokens, columns, device="cuda").to(dtype)
+        threshold = torch.rand(columns, device="cuda") * 1.5
+        threshold[0], threshold[1] = -1, float("inf")
+        kept = x.double() * (x.float().abs() > threshold)
+        y = torch.ops.llmsqueeze.gated_linear(x, threshold, weight, bias, None, None)
+        assert _off(y, kept @ weight.double().t() + bias.double()) < ROUNDING[dtype]
+        assert torch.equal(
+            y, torch.ops.llmsqueeze.gated_linear(x, threshold, weight, bias, None, None)
+        )
+        none = torch.full((columns,), float("inf"), device="cuda")
+        y = torch.ops.llmsqueeze.gated_linear(x, none, weight, bias, None, None)
+        assert torch.equal(y, bias.expand_as(y))
+        x[:, 3] = float("nan")
+        y = torch.ops.llmsqueeze.gated_linear(x, none, weight, bias, None, None)
+        assert bool(y.isnan().all())  # it shows, whatever the threshold
+
+
+@pytest.mark.parametrize("kind", ["2:4", "0.5"])
+def test_a_model_on_kernels_decodes_in_a_graph(kind: str) -> None:
+    from llmsqueeze.runtime.generate import Decoder
+    from llmsqueeze.runtime.linears import use_kernels
+    from tests.test_linears import IDS, logits, pruned_model
+
+    model = pruned_model("2:4" if kind == "2:4" else "50 %").cuda()
+    expected = logits(model, IDS.cuda())
+    dense = [int(token) for token in Decoder(model, 32).generate(IDS[0], 12)]
+    report = use_kernels(model)
+    assert sum(report.formats.values()) == 21
+    assert _off(logits(model, IDS.cuda()), expected.double()) < 0.02
+    plain = [int(token) for token in Decoder(model, 32).generate(IDS[0], 12)]
+    compiled = [int(token) for token in Decoder(model, 32, compiled=True).generate(IDS[0], 12)]
+    own = model.generate(IDS[:1].cuda(), max_new_tokens=12, do_sample=False, eos_token_id=None)[
+        0, IDS.shape[1] :
+    ].tolist()
+    assert plain == own
+    # Random weights: near ties may be decided either way, not from the first token on.
+    assert plain[0] == dense[0] == compiled[0]
+
+
+def test_a_first_call_within_a_capture_says_so() -> None:
+    from llmsqueeze.errors import EnvironmentFault
+    from llmsqueeze.ops import cuda
+    from llmsqueeze.runtime.linears import Sparse24Linear
+
+    linear = Sparse24Linear(_pattern("2:4", 32, 256, torch.bfloat16), None)
+    x = torch.randn(1, 256, device="cuda").bfloat16()
+    cuda._kernel.cache_clear()
+    graph = torch.cuda.CUDAGraph()
+    with pytest.raises(EnvironmentFault, match="capture"), torch.cuda.graph(graph):
+        linear(x)
+
+
+def test_kernels_do_not_compute_in_float32() -> None:
+    from llmsqueeze.errors import EnvironmentFault
+    from llmsqueeze.runtime.linears import Sparse24Linear
+
+    linear = Sparse24Linear(_pattern("2:4", 32, 256, torch.bfloat16), None)
+    with pytest.raises(EnvironmentFault, match="float32"):
+        linear(torch.randn(1, 256, device="cuda"))
+
+
+def test_evaluation_runs_on_kernels(cli: Any, tiny: Tiny, tmp_path: Path, text_file: Path) -> None:
+    out = tmp_path / "out"
+    made = cli("prune", tiny("llama"), "-o", out, "--method", "magnitude", "--sparsity", 0.5, "-q")
+    assert made.exit_code == 0, made.stderr
+    found = []
+    for backend in ("kernels", "reference"):
+        result = cli("eval", out, "--text", text_file, "--seqlen", 32, "--dtype", "bfloat16",
+                     "--backend", backend, "-q", "--json")  # fmt: skip
+        assert result.exit_code == 0, result.stderr
+        document = json.loads(result.stdout)
+        assert document["backend"] == backend
+        found.append(document["token_ppl"])
+    assert abs(found[0] / found[1] - 1) < 1e-3

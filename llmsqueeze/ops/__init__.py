@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from llmsqueeze.numerics import gaps, sparse24
 
 _LIBRARY = torch.library.Library("llmsqueeze", "DEF")
 _LIBRARY.define("gate(Tensor x, Tensor threshold) -> Tensor")
 _LIBRARY.define(
     "gated_linear(Tensor x, Tensor threshold, Tensor weight, Tensor? bias, Tensor? up, Tensor? down)"
     " -> Tensor"
+)
+_LIBRARY.define("sparse24_linear(Tensor x, Tensor stream, Tensor? bias, int rows) -> Tensor")
+_LIBRARY.define(
+    "gap_linear(Tensor x, Tensor stream, Tensor starts, Tensor first, Tensor? order, Tensor? bias,"
+    " int rows, int bits, int parts, int blocks, int reach) -> Tensor"
 )
 
 
@@ -64,6 +73,45 @@ def gated_linear(
     return y
 
 
+def input_major(weight: Tensor) -> Tensor:
+    """The same [rows, columns] matrix, laid out so that each column lies in one piece, padded to 16 bytes.
+
+    What the CUDA kernel of gated_linear reads: it skips whole columns.
+    """
+    rows, columns = weight.shape
+    stored = weight.new_zeros(columns, -(-rows // 8) * 8)
+    stored[:, :rows] = weight.t()
+    return stored[:, :rows].t()
+
+
+def is_input_major(weight: Tensor) -> bool:
+    """Whether a matrix is laid out as input_major lays it out."""
+    return weight.stride(0) == 1 and weight.stride(1) % 8 == 0 and weight.data_ptr() % 16 == 0
+
+
+def sparse24_linear(x: Tensor, stream: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    """W x + b for W as numerics.sparse24.pack lays it out. x: [..., columns]; returns [..., rows]."""
+    weight = sparse24.unpack(stream, rows, x.shape[-1], x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def gap_linear(
+    x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
+    rows: int, bits: int, parts: int, blocks: int, reach: int,
+) -> Tensor:  # fmt: skip
+    """W x + b for W as numerics.gaps.pack lays it out. x: [..., columns]; returns [..., rows].
+
+    order: None where rows are in their own order; the rest: the fields of Gaps.
+    """
+    if order is None:
+        order = torch.arange(starts.shape[0] * (gaps.LANES // parts), device=x.device)
+        order[rows:] = -1
+    shape = gaps.Shape(bits, parts, starts.shape[1])
+    packed = gaps.Gaps(shape, stream, starts, first, order, blocks, reach)
+    weight = gaps.unpack(packed, rows, x.shape[-1], x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
 def _gate_shape(x: Tensor, threshold: Tensor) -> Tensor:
     return torch.empty_like(x)
 
@@ -79,8 +127,37 @@ def _gated_linear_shape(
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-# Until a device has its own kernel the reference runs there, too.
+def _sparse24_shape(x: Tensor, stream: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _gap_shape(
+    x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
+    rows: int, *shape: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _on_cuda(name: str) -> Any:
+    """The kernel of an operator; its module is loaded when it is first needed."""
+
+    def run(*arguments: Any) -> Tensor:
+        from llmsqueeze.ops import kernels
+
+        return getattr(kernels, name)(*arguments)
+
+    return run
+
+
+# A gate is a line of torch on every device. The others run their reference but on CUDA.
 _LIBRARY.impl("gate", gate, "CompositeExplicitAutograd")
-_LIBRARY.impl("gated_linear", gated_linear, "CompositeExplicitAutograd")
+for _function, _shape in (
+    (gated_linear, _gated_linear_shape),
+    (sparse24_linear, _sparse24_shape),
+    (gap_linear, _gap_shape),
+):
+    _name = _function.__name__
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _on_cuda(_name), "CUDA")
+    torch.library.register_fake(f"llmsqueeze::{_name}", _shape, lib=_LIBRARY)
 torch.library.register_fake("llmsqueeze::gate", _gate_shape, lib=_LIBRARY)
-torch.library.register_fake("llmsqueeze::gated_linear", _gated_linear_shape, lib=_LIBRARY)

@@ -10,12 +10,19 @@ from transformers import AutoModelForCausalLM
 import llmsqueeze.integration  # noqa: F401  registers the format with transformers
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError
+from llmsqueeze.runtime.linears import use_kernels
 
 
-def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Any:
+def load(
+    checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, kernels: bool = False
+) -> Any:
     """The causal language model, ready to run. checkpoint: opened, hence already checked.
 
-    Raises CheckpointError if transformers reports a tensor missing, left over or of another shape.
+    kernels: compressed weights stay compressed on the device, and kernels compute with them; else they
+    are dense there, zeros and all.
+
+    Raises CheckpointError if transformers reports a tensor missing, left over or of another shape;
+    EnvironmentFault if the device or dtype has no kernels.
     """
     model, info = AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
@@ -29,4 +36,6 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> An
             raise CheckpointError(
                 f"{checkpoint.path}: {problem} {sorted(map(str, info[problem]))[0]}"
             )
+    if kernels:
+        use_kernels(model, device)
     return model.to(device).eval()

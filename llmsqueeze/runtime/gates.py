@@ -250,3 +250,14 @@ def _note_length(gating: Gating) -> Callable[[nn.Module, Any, Any], None]:
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
     owner, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(owner), leaf, module)
+
+
+def remove(model: nn.Module) -> None:
+    """Take the gates out of a model: what they stood before computes with all of its inputs again."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, GatedOutput):
+            _replace(model, name, module.function)
+        elif isinstance(module, GatedLinear):
+            plain = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+            plain.weight, plain.bias = module.weight, module.bias
+            _replace(model, name, plain)

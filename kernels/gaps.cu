@@ -1,0 +1,144 @@
+// y = x Wᵀ + b for W with zeros anywhere: a lane follows a row, from one non-zero to the next.
+//
+// stream: [slices][warps][blocks][QUADS][32 lanes] of 16 bytes: the non-zeros of a row's part, 8 to a quad,
+//         then one quad of gaps, how many columns lie between a non-zero and the one before.
+// starts: [slices][warps][32] u16, the column at which a lane's part begins.
+// first:  [slices + 1], blocks of a warp before each slice, or null where all have `blocks`.
+// order:  [slices · rows of one], which row a place in a slice is (-1: none), or null for the identity.
+// x: [tokens, columns]; y: [tokens, rows]; bias: [rows] or null.
+//
+// Macros: GAP bits a gap; PARTS lanes share a row; TOKENS 1, 2, 4 or 8, of which `tokens` are real; WARPS
+// at most; BLOCKS that fit a multiprocessor. Sums are fp32, in an order that depends on the shape alone.
+
+#define QUADS (GAP == 3 ? 6 : 5)
+#define PER_WORD (GAP == 3 ? 10 : 8)
+#define COUNT ((QUADS - 1) * 8)
+#define ROWS (32 / PARTS)
+// A column of x in shared memory: fp32 for one token, else 16 bits for each.
+#define COLUMN (TOKENS <= 2 ? 4 : TOKENS * 2)
+
+__device__ __forceinline__ u32 gap_bytes(u32 word, int i) {
+    const u32 mask = ((1u << GAP) - 1) << (GAP * i);
+    // A shift by the difference of both, in one instruction.
+    const int shift = GAP * i - (COLUMN == 4 ? 2 : COLUMN == 8 ? 3 : 4);
+    return shift >= 0 ? (word & mask) >> shift : (word & mask) << -shift;
+}
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
+gaps(const uint4* __restrict__ stream, const u16* __restrict__ starts, const int* __restrict__ first,
+     const int* __restrict__ order, const u16* __restrict__ x, u16* __restrict__ y,
+     const u16* __restrict__ bias, int rows, int columns, int padded, int tokens, int blocks) {
+    extern __shared__ uint4 shared[];
+    __shared__ float parts[WARPS][ROWS];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int warps = blockDim.x >> 5, slice = blockIdx.x;
+    size_t before = (size_t)slice * blocks;
+    if (first) {
+        before = first[slice];
+        blocks = first[slice + 1] - first[slice];
+    }
+    const uint4* from = stream + (before * warps + (size_t)warp * blocks) * QUADS * 32 + lane;
+    uint4 now[QUADS];
+#pragma unroll
+    for (int i = 0; i < QUADS; i++) now[i] = load_weights(from + i * 32, blocks > 0);
+    u32 at = shared_address(shared) + COLUMN * (u32)starts[(slice * warps + warp) * 32 + lane];
+    let_next_start();
+    wait_for_input();
+
+#if TOKENS == 1
+    const u32* words = (const u32*)x;
+    for (int i = threadIdx.x; i < padded / 2; i += blockDim.x) {
+        const u32 word = i < columns / 2 ? words[i] : 0;
+        ((float2*)shared)[i] = make_float2(low(word), high(word));
+    }
+#else
+    for (int i = threadIdx.x; i < padded; i += blockDim.x)
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++)
+            ((u16*)shared)[i * TOKENS + t] =
+                i < columns && t < tokens ? x[(size_t)t * columns + i] : (u16)0;
+#endif
+    __syncthreads();
+
+    // Four chains at one token: the next product need not wait for the last sum.
+    constexpr int CHAINS = TOKENS == 1 ? 4 : TOKENS == 2 ? 2 : 1;
+    float sum[CHAINS][TOKENS];
+#pragma unroll
+    for (int c = 0; c < CHAINS; c++)
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) sum[c][t] = 0;
+
+    for (int block = 0; block < blocks; block++) {
+        const u32 gap[4] = {now[QUADS - 1].x, now[QUADS - 1].y, now[QUADS - 1].z, now[QUADS - 1].w};
+        u32 value[COUNT / 2];
+#pragma unroll
+        for (int i = 0; i < QUADS - 1; i++) {
+            value[4 * i] = now[i].x;
+            value[4 * i + 1] = now[i].y;
+            value[4 * i + 2] = now[i].z;
+            value[4 * i + 3] = now[i].w;
+        }
+        from += QUADS * 32;
+#pragma unroll
+        for (int i = 0; i < QUADS; i++) now[i] = load_weights(from + i * 32, block + 1 < blocks);
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            at += gap_bytes(gap[i / PER_WORD], i % PER_WORD);
+            const float w = i & 1 ? high(value[i / 2]) : low(value[i / 2]);
+            float* to = sum[i % CHAINS];
+            // Columns that follow one another without a gap are COLUMN bytes apart: the constant offset.
+#if TOKENS == 1
+            float v;
+            asm("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at + i * COLUMN));
+            to[0] = fmaf(w, v, to[0]);
+#elif TOKENS == 2
+            u32 v;
+            asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at + i * COLUMN));
+            to[0] = fmaf(w, low(v), to[0]);
+            to[1] = fmaf(w, high(v), to[1]);
+#elif TOKENS == 4
+            u32 v[2];
+            asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(at + i * COLUMN));
+#pragma unroll
+            for (int t = 0; t < 2; t++) {
+                to[2 * t] = fmaf(w, low(v[t]), to[2 * t]);
+                to[2 * t + 1] = fmaf(w, high(v[t]), to[2 * t + 1]);
+            }
+#else
+            u32 v[4];
+            asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+                : "r"(at + i * COLUMN));
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
+                to[2 * t] = fmaf(w, low(v[t]), to[2 * t]);
+                to[2 * t + 1] = fmaf(w, high(v[t]), to[2 * t + 1]);
+            }
+#endif
+        }
+        at += COUNT * COLUMN;
+    }
+
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {
+        float total = sum[0][t];
+#pragma unroll
+        for (int c = 1; c < CHAINS; c++) total += sum[c][t];
+#pragma unroll
+        for (int offset = 16; offset >= ROWS; offset >>= 1)
+            total += __shfl_xor_sync(ALL, total, offset);
+        if (t >= tokens) break;
+        if (t) __syncthreads();
+        if (lane < ROWS) parts[warp][lane] = total;
+        __syncthreads();
+        if (threadIdx.x < ROWS) {
+            const int place = slice * ROWS + threadIdx.x;
+            const int row = order ? order[place] : place;
+            if (row >= 0 && row < rows) {
+                float all = bias ? widen(bias[row]) : 0;
+                for (int w = 0; w < warps; w++) all += parts[w][threadIdx.x];
+                y[(size_t)t * rows + row] = narrow(all);
+            }
+        }
+    }
+}

@@ -1,0 +1,182 @@
+// y = x Wᵀ + b for W with at most two non-zeros in four, by sparse tensor cores.
+//
+// stream: [bands][chunks][9][32 lanes] of 16 bytes. A band is 16 rows, a chunk 256 columns: eight operands
+//         of mma.sp.m16n8k32 in register order, and their metadata.
+// x: [tokens, columns]; y: [tokens, rows]; bias: [rows] or null.
+//
+// Macros: BANDS × SPLITS warps share a block, SPLITS of them divide the columns of a band; TILES of 8
+// tokens, or 0: up to four, for which lanes of absent tokens need not read anything; BLOCKS that fit a
+// multiprocessor. Sums are fp32, in an order that depends on the shape alone.
+
+#define WARPS (BANDS * SPLITS)
+#define THREADS (WARPS * 32)
+#define FEW (TILES == 0)
+#define SUMS (FEW ? 1 : TILES)
+
+#if HALF
+#define TYPE "f16"
+#else
+#define TYPE "bf16"
+#endif
+
+#define MMA(sum, a, b, metadata, selector)                                                            \
+    asm volatile("mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." TYPE "." TYPE ".f32 "  \
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9, %10, %11}, {%0, %1, %2, %3}, %12, "    \
+                 #selector ";"                                                                        \
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                             \
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w),    \
+                   "r"(metadata))
+
+// Four 8 × 8 matrices from shared memory: of row-major x, the B operand.
+__device__ __forceinline__ uint4 load_operand(u32 address) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address));
+    return v;
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+sparse24(const uint4* __restrict__ stream, const uint4* __restrict__ x, u16* __restrict__ y,
+         const u16* __restrict__ bias, int rows, int columns, int tokens, int chunks, int span) {
+    extern __shared__ uint4 shared[];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int split = warp % SPLITS, place = warp / SPLITS;
+    const int band = blockIdx.x * BANDS + place;
+    const bool present = band * 16 < rows;
+    const uint4* from = stream + (size_t)band * chunks * 288 + lane;
+
+    uint4 now[9];
+    int chunk = split;
+#pragma unroll
+    for (int i = 0; i < 9; i++)
+        now[i] = load_weights(from + (size_t)chunk * 288 + i * 32, present && chunk < chunks);
+    let_next_start();
+
+    float sum[SUMS][4];
+#pragma unroll
+    for (int n = 0; n < SUMS; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) sum[n][i] = 0;
+
+    // Stages of `span` chunks of x as it is, row after row; 16 bytes more a row, against bank conflicts.
+    // Two stages where one does not hold all of x. Before them 16 bytes of zeros, for absent tokens.
+    const int pitch = span * 32 + 1, stages = (chunks + span - 1) / span;
+    const u32 base = shared_address(shared);
+    if (!FEW && threadIdx.x == 0) shared[0] = make_uint4(0, 0, 0, 0);
+    // Of a tile of 8 tokens a lane points at token lane % 8, at 8 columns of 32.
+    const int local = lane & 7, quarter = lane >> 3;
+
+#if FEW
+    // One stage, in the order of the B operand: [unit of 32 columns][token][quad] of 16 bytes.
+    auto fetch = [&](int) {
+        for (int i = threadIdx.x; i < chunks * 32 * tokens; i += THREADS) {
+            const int token = tokens == 1 ? 0 : i / (chunks * 32), j = i - token * chunks * 32;
+            uint4 v = make_uint4(0, 0, 0, 0);
+            if (j * 8 < columns) v = x[((size_t)token * columns + j * 8) / 8];
+            u32* to = (u32*)shared + ((j >> 2) * tokens + token) * 16 + (j & 3);
+            to[0] = v.x;
+            to[4] = v.y;
+            to[8] = v.z;
+            to[12] = v.w;
+        }
+    };
+#else
+    auto fetch = [&](int stage) {
+        const int first = stage * span, vectors = (min(first + span, chunks) - first) * 32;
+        const u32 to = base + 16 + (stage & 1) * tokens * pitch * 16;
+        for (int i = threadIdx.x; i < vectors * tokens; i += THREADS) {
+            const int token = tokens == 1 ? 0 : i / vectors, j = i - token * vectors;
+            const int column = first * 256 + j * 8;
+            // The columns that pad the last chunk are zeros.
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + (token * pitch + j) * 16),
+                         "l"(x + (column < columns ? ((size_t)token * columns + column) / 8 : 0)),
+                         "r"(column < columns ? 16 : 0)
+                         : "memory");
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+#endif
+
+    wait_for_input();
+    fetch(0);
+    for (int stage = 0; stage < stages; stage++) {
+        const int first = stage * span, stop = min(first + span, chunks);
+#if !FEW
+        if (stage + 1 < stages) {
+            fetch(stage + 1);
+            asm volatile("cp.async.wait_group 1;" ::: "memory");
+        } else {
+            asm volatile("cp.async.wait_group 0;" ::: "memory");
+        }
+#endif
+        __syncthreads();
+        const u32 held = base + 16 + (stage & 1) * tokens * pitch * 16;
+        for (; chunk < stop; chunk += SPLITS) {
+            uint4 next[9];
+            const int ahead = chunk + SPLITS;
+#pragma unroll
+            for (int i = 0; i < 9; i++)
+                next[i] = load_weights(from + (size_t)ahead * 288 + i * 32, present && ahead < chunks);
+            const u32 metadata[4] = {now[8].x, now[8].y, now[8].z, now[8].w};
+#if FEW
+            const uint4* units = shared + (size_t)chunk * 8 * tokens * 4 + lane;
+#pragma unroll
+            for (int pair = 0; pair < 4; pair++) {
+                uint4 b0 = make_uint4(0, 0, 0, 0), b1 = b0;
+                if (lane < tokens * 4) {
+                    b0 = units[2 * pair * tokens * 4];
+                    b1 = units[(2 * pair + 1) * tokens * 4];
+                }
+                MMA(sum[0], now[2 * pair], b0, metadata[pair], 0x0);
+                MMA(sum[0], now[2 * pair + 1], b1, metadata[pair], 0x1);
+            }
+#else
+#pragma unroll
+            for (int n = 0; n < SUMS; n++) {
+                const int token = n * 8 + local;
+                const bool real = token < tokens;
+                const u32 at = held + (token * pitch + (chunk - first) * 32 + quarter) * 16;
+#pragma unroll
+                for (int pair = 0; pair < 4; pair++) {
+                    const uint4 b0 = load_operand(real ? at + pair * 128 : base);
+                    const uint4 b1 = load_operand(real ? at + pair * 128 + 64 : base);
+                    MMA(sum[n], now[2 * pair], b0, metadata[pair], 0x0);
+                    MMA(sum[n], now[2 * pair + 1], b1, metadata[pair], 0x1);
+                }
+            }
+#endif
+#pragma unroll
+            for (int i = 0; i < 9; i++) now[i] = next[i];
+        }
+        __syncthreads();
+    }
+
+    // Add up what the splits of a band found: [split][band][token][16 rows], over x, which is done with.
+    const int group = lane >> 2, quad = lane & 3;
+    float* parts = (float*)shared;
+    float* own = parts + (split * BANDS + place) * tokens * 16 + group;
+#pragma unroll
+    for (int n = 0; n < SUMS; n++) {
+        const int token = n * 8 + quad * 2;
+        if (token < tokens) {
+            own[token * 16] = sum[n][0];
+            own[token * 16 + 8] = sum[n][2];
+        }
+        if (token + 1 < tokens) {
+            own[token * 16 + 16] = sum[n][1];
+            own[token * 16 + 24] = sum[n][3];
+        }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < BANDS * tokens * 16; i += THREADS) {
+        const int row = (blockIdx.x * BANDS + i / (tokens * 16)) * 16 + (i & 15);
+        const int token = i / 16 % tokens;
+        if (row < rows) {
+            float total = bias ? widen(bias[row]) : 0;
+#pragma unroll
+            for (int s = 0; s < SPLITS; s++) total += parts[s * BANDS * tokens * 16 + i];
+            y[(size_t)token * rows + row] = narrow(total);
+        }
+    }
+}

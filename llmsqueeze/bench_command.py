@@ -1,0 +1,155 @@
+"""`llmsqueeze bench`: kernels, and whole models, against dense on this GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmsqueeze.command import (
+    CHECKPOINT_HELP,
+    checkpoint_options,
+    common,
+    device_option,
+    open_checkpoint,
+)
+from llmsqueeze.errors import RecipeError
+
+if TYPE_CHECKING:
+    from llmsqueeze.bench_model import Comparison, Speed
+    from llmsqueeze.console import Console
+
+DEFAULT_SHAPES = "4096x4096,14336x4096,28672x4096,4096x14336"
+
+
+@click.group()
+def bench() -> None:
+    """Measure how fast compressed weights are on this GPU, beside dense ones and the byte bound."""
+
+
+@bench.command(
+    help="""Every kernel on matrices of random weights, pruned to its pattern.
+
+Weights are cold: one CUDA graph walks through more than half a gigabyte of different copies. Dense is the
+fastest of cuBLAS and, for one token, a Triton kernel. The bound is how many times fewer bytes the weights
+are. A kernel whose result is off stops the run.
+"""
+)
+@click.option("--shapes", default=DEFAULT_SHAPES, show_default=True, metavar="ROWSxCOLUMNS,…")
+@click.option("--tokens", default="1", show_default=True, metavar="N,…", help="Rows of x.")
+@common
+def kernels(console: Console, shapes: str, tokens: str) -> None:
+    sizes = [_pair(text) for text in shapes.split(",")]
+    counts = [_number(text, "--tokens") for text in tokens.split(",")]
+
+    import torch
+    from rich.table import Table
+
+    from llmsqueeze import bench as library
+
+    table = Table(
+        "rows × columns", "tokens", "kernel", "µs", "GB/s", "bits", "bound", "× dense", "of bound"
+    )
+    found = []
+    for row in library.table(sizes, counts):
+        entry = library.as_json(row)
+        found.append(entry)
+        console.note(
+            f"{row.rows} × {row.columns}, {row.tokens}: {row.kernel} {row.timing.median:.2f} µs"
+        )
+        table.add_row(
+            f"{row.rows} × {row.columns}", str(row.tokens), row.kernel, f"{row.timing.median:.2f}",
+            f"{row.gigabytes():.0f}", f"{row.bits:.2f}", f"{row.bound:.2f}", f"{row.speedup:.2f}",
+            f"{row.speedup / row.bound:.0%}",
+        )  # fmt: skip
+    document = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": found}
+    console.result(document, table)
+
+
+@bench.command(
+    help=f"""Decode with CHECKPOINT, and with the same weights made dense, in the same way.
+
+{CHECKPOINT_HELP}
+
+Greedy, batch 1, a cache of fixed size, every step one CUDA graph. Both are compiled by torch.compile, which
+takes a minute each; --no-compile leaves it out. Logits of both are compared first.
+"""
+)
+@click.argument("checkpoint")
+@click.option("--prompt", type=int, default=128, show_default=True, help="Tokens of the prompt.")
+@click.option("--compile/--no-compile", "compiled", default=True, show_default=True)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16",
+              show_default=True)  # fmt: skip
+@device_option
+@checkpoint_options
+@common
+def model(
+    console: Console, checkpoint: str, prompt: int, compiled: bool, dtype: str, device: str,
+    offline: bool, cache_dir: Path,
+) -> None:  # fmt: skip
+    if prompt < 16:
+        raise RecipeError(f"--prompt {prompt}: at least 16 tokens are needed")
+
+    import torch
+
+    from llmsqueeze import bench_model
+    from llmsqueeze.console import facts
+    from llmsqueeze.data import evaluation_windows, load_tokenizer
+    from llmsqueeze.device import choose_device
+
+    where = choose_device(device)
+    opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
+    tokenizer = load_tokenizer(opened.path)
+    tokens = evaluation_windows(None, tokenizer, seqlen=prompt, windows=1, bos=False).tokens[0]
+    found = bench_model.compare(
+        opened, tokens, getattr(torch, dtype), where, compiled=compiled, note=console.note
+    )
+    document = {
+        "checkpoint": name, "gpu": torch.cuda.get_device_name(where), "torch": torch.__version__,
+        "dtype": dtype, "prompt": prompt, "compiled": compiled, "formats": found.formats,
+        "dense": _speed(found.dense), "compressed": _speed(found.compressed),
+        "speedup": found.speedup, "bound": found.bound, "logit_error": found.error,
+        "same_tokens": found.same_tokens, "tokens": found.tokens,
+    }  # fmt: skip
+    console.result(document, facts(name, _rows(found)))
+
+
+def _speed(speed: Speed) -> dict[str, Any]:
+    return {
+        "ms_per_token": speed.step.median, "range": [speed.step.least, speed.step.most],
+        "prefill_ms": speed.prefill.median, "weight_bytes": speed.weights,
+        "bytes_per_token": speed.read, "load_seconds": speed.load_seconds,
+    }  # fmt: skip
+
+
+def _rows(found: Comparison) -> dict[str, str]:
+    from llmsqueeze.console import size
+
+    dense, mine = found.dense, found.compressed
+    linears = ", ".join(f"{count} {format}" for format, count in found.formats.items())
+    return {
+        "linears in kernels": linears or "none: too few zeros",
+        "decoding": f"{1e3 / mine.step.median:.1f} tokens/s, dense {1e3 / dense.step.median:.1f}",
+        "speedup": f"{found.speedup:.2f}× (bound by bytes: {found.bound:.2f}×)",
+        "prompt": f"{mine.prefill.median:.1f} ms, dense {dense.prefill.median:.1f}",
+        "weights on the GPU": f"{size(mine.weights)}, dense {size(dense.weights)}",
+        "read per token": f"{size(mine.read)}, dense {size(dense.read)}",
+        "loading": f"{mine.load_seconds:.1f} s, dense {dense.load_seconds:.1f}",
+        "check": f"logits {found.error:.1%} off dense in the same dtype, "
+        f"first {found.same_tokens} of {found.tokens} greedy tokens the same",
+    }
+
+
+def _pair(text: str) -> tuple[int, int]:
+    rows, _, columns = text.partition("x")
+    pair = _number(rows, "--shapes"), _number(columns, "--shapes")
+    if pair[0] % 16 or pair[1] % 16:
+        raise RecipeError(f"--shapes {text}: rows and columns must be divisible by 16")
+    return pair
+
+
+def _number(text: str, option: str) -> int:
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise RecipeError(f"{option}: {text!r} is no positive number")
+    return int(text)

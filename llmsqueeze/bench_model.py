@@ -1,0 +1,181 @@
+"""How fast a whole model decodes, compressed and dense, in one harness."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmsqueeze.bench import Timing, relative_error
+from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.errors import EnvironmentFault
+from llmsqueeze.runtime import load
+from llmsqueeze.runtime.gates import gating_of, remove
+from llmsqueeze.runtime.generate import Decoder
+from llmsqueeze.runtime.linears import GatedProduct, PackedLinear, use_kernels
+
+STEPS, REPEATS = 32, 7
+# ‖logits - reference‖ / ‖reference‖. Both sides round to 16 bits in every layer: of SmolLM2-135M, pruned,
+# each is 1 to 5 % off fp32.
+TOLERANCE = 0.1
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Of one model. step: milliseconds a token; prefill: of a whole prompt; weights: bytes on the device;
+    read: of them, by one decoded token."""
+
+    step: Timing
+    prefill: Timing
+    weights: int
+    read: int
+    load_seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A compressed model beside the same weights made dense. error: of the logits against those of the
+    dense model with the same gates; same_tokens: how many of the first greedy tokens agree."""
+
+    dense: Speed
+    compressed: Speed
+    error: float
+    same_tokens: int
+    tokens: int
+    formats: dict[str, int]
+
+    @property
+    def speedup(self) -> float:
+        return self.dense.step.median / self.compressed.step.median
+
+    @property
+    def bound(self) -> float:
+        """How many times fewer bytes a token reads."""
+        return self.dense.read / self.compressed.read
+
+
+def compare(
+    checkpoint: Checkpoint,
+    prompt: Tensor,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    compiled: bool,
+    note: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """Greedy decoding behind a prompt [tokens]; batch 1. EnvironmentFault if the compressed one is wrong."""
+    if device.type != "cuda":
+        raise EnvironmentFault("bench model needs a CUDA GPU: there are no kernels for CPUs yet")
+    length = len(prompt) + STEPS * (REPEATS + 1) + 1
+    note("dense")
+    began = time.perf_counter()
+    model = load(checkpoint, dtype, device)
+    seconds = time.perf_counter() - began
+    expected = _logits(model, prompt)
+    gated = gating_of(model) is not None
+    if gated:
+        remove(model)
+    dense, tokens = _speed(model, prompt, length, seconds, compiled)
+    del model
+    _free()
+    note("compressed")
+    began = time.perf_counter()
+    model = load(checkpoint, dtype, device)
+    report = use_kernels(model)
+    seconds = time.perf_counter() - began
+    error = relative_error(_logits(model, prompt), expected)
+    if not error <= TOLERANCE:
+        raise EnvironmentFault(f"the kernels' logits are off by {error:.2g} on this GPU")
+    compressed, others = _speed(model, prompt, length, seconds, compiled)
+    same = next(
+        (i for i, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), len(tokens)
+    )
+    return Comparison(dense, compressed, error, same, len(tokens), dict(report.formats))
+
+
+def read_bytes(model: nn.Module) -> int:
+    """Bytes of weights that decoding one token reads: of embeddings that are no head, one row."""
+    head: Any = model.get_output_embeddings()
+    total = 0.0
+    seen: set[int] = set()
+    gating = gating_of(model)
+    shares = {id(gate): name for name, gate in gating.gates.items()} if gating else {}
+    for module in model.modules():
+        kept = 1.0
+        if isinstance(module, GatedProduct) and gating:
+            kept = 1 - gating.sparsity().get(shares[id(module.gate)], 0.0)
+        held = [*module.parameters(recurse=False)]
+        if isinstance(module, (PackedLinear, GatedProduct)):
+            held += [b for b in module.buffers(recurse=False) if b is not None]
+        for tensor in held:
+            if id(tensor) in seen:
+                continue
+            seen.add(id(tensor))
+            looked_up = isinstance(module, nn.Embedding) and tensor is not head.weight
+            size = tensor.numel() * tensor.element_size()
+            total += size / tensor.shape[0] if looked_up else size * kept
+    return round(total)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, prompt: Tensor) -> Tensor:
+    """[8, vocabulary] of the last tokens of a prompt, read one by one, as decoding does."""
+    from transformers import DynamicCache
+
+    from llmsqueeze.evaluate import cache_options
+
+    cache = DynamicCache(config=model.config)
+    ids = prompt[None].to(next(model.parameters()).device)
+    model(ids[:, :-8], **cache_options(model, cache))
+    found = [
+        model(ids[:, i : i + 1], **cache_options(model, cache)).logits[0, -1].double()
+        for i in range(ids.shape[1] - 8, ids.shape[1])
+    ]
+    return torch.stack(found)
+
+
+def _speed(
+    model: nn.Module, prompt: Tensor, length: int, seconds: float, compiled: bool
+) -> tuple[Speed, list[int]]:
+    """How fast it is, and the first tokens it chose."""
+    decoder = Decoder(model, length, compiled=compiled)
+    tokens = [int(token) for token in decoder.generate(prompt, STEPS)]
+    step = _timing(lambda: [decoder.step() for _ in range(STEPS)], STEPS)
+    gating = gating_of(model)
+    if gating:  # what decoding drops, measured on the tokens just chosen
+        policy, gating.policy = gating.policy, type(gating.policy).parse("all")
+        gating.count()
+        with torch.no_grad():
+            model(torch.tensor([tokens], device=decoder.device), use_cache=False)
+        gating.counting, gating.policy = False, policy
+    ids = prompt[None].to(decoder.device)
+    with torch.no_grad():
+        prefill = _timing(lambda: model(ids, use_cache=False, logits_to_keep=1), 1)
+    held = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    return Speed(step, prefill, sum(held.values()), read_bytes(model), seconds), tokens
+
+
+def _timing(work: Callable[[], object], parts: int) -> Timing:
+    """Milliseconds a part."""
+    found = []
+    work()
+    for _ in range(REPEATS - 1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        work()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(begin.elapsed_time(end) / parts)
+    return Timing(statistics.median(found), min(found), max(found))
+
+
+def _free() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch._dynamo.reset()

@@ -1,0 +1,226 @@
+"""Sparse rows as their non-zeros and the gaps between them, for lanes that each follow one row.
+
+A gap counts the zeros before a non-zero, in 3 or 4 bits; a longer one is bridged by stored zeros. Every row
+is divided into as many parts of equal length as lanes work on it; a part is whole blocks of 40 (3 bits) or
+32 (4 bits) entries: values of 16 bits, then the gaps in words of 32 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LANES = 32
+# Where a part begins is stored in 16 bits.
+MAX_COLUMNS = 60_000
+# Warps to a slice: two blocks of so many fit a multiprocessor; fewer keep too few loads in flight.
+LEAST_WARPS, MOST_WARPS = 10, 14
+# Rows of a matrix that are packed at a time: the work needs some 50 bytes a weight.
+PANEL = 4096
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How rows are divided. bits: of a gap; parts: lanes to a row; warps: to a slice of 32 / parts rows."""
+
+    bits: int
+    parts: int
+    warps: int
+
+    @property
+    def block(self) -> int:
+        """Entries of a block."""
+        return 40 if self.bits == 3 else 32
+
+    @property
+    def rows(self) -> int:
+        """Of a slice."""
+        return LANES // self.parts
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """A packed matrix.
+
+    stream: [blocks of all slices · warps, quads, 32, 4] int32; starts: [slices, warps, 32] uint16;
+    first: [slices + 1] int32, blocks of one warp before each slice; order: [slices · rows of one] int32,
+    which row is where, -1 for none; blocks: of every warp of a slice, 0 if slices differ; reach: columns
+    that a lane may touch, those beyond the last being zero.
+    """
+
+    shape: Shape
+    stream: Tensor
+    starts: Tensor
+    first: Tensor
+    order: Tensor
+    blocks: int
+    reach: int
+
+
+def choose_shape(longest: Mapping[int, int], rows: int, multiprocessors: int = 132) -> Shape:
+    """The shape whose kernel is expected to be fastest.
+
+    longest: bits of a gap → entries of the longest row, bridging zeros included. The weights were fitted on
+    an H100, sparsities of 50 to 70 %, matrices of 4096 to 28672 rows: what counts is the bytes that are
+    read, and that enough warps keep loads in flight.
+    """
+    waves = rows / LANES / (2 * multiprocessors)
+
+    def cost(shape: Shape) -> tuple[float, int]:
+        unit = shape.block * shape.parts * shape.warps
+        entry = 2 + shape.bits / 8 + (1 / 40 if shape.bits == 3 else 0)
+        bytes_read = -(-longest[shape.bits] // unit) * unit * entry
+        share = 1.0 if shape.parts == 2 else 1.15 if waves < 1 else 0.96 if waves < 2 else 1.03
+        return bytes_read * (1 + 0.015 * (MOST_WARPS - shape.warps)) * share, -shape.warps
+
+    shapes = []
+    for bits in longest:
+        for parts in (1, 2):
+            most = -(-longest[bits] // (Shape(bits, parts, 1).block * parts))
+            fewest, top = (max(1, min(limit, most)) for limit in (LEAST_WARPS, MOST_WARPS))
+            for warps in range(fewest, top + 1):
+                shapes.append(Shape(bits, parts, warps))
+    return min(shapes, key=cost)
+
+
+def pack_best(weight: Tensor, multiprocessors: int = 132) -> Gaps:
+    """pack() in the shape that choose_shape() prefers."""
+    lengths = {bits: entries(weight, bits) for bits in (3, 4)}
+    longest = {bits: int(found.max()) for bits, found in lengths.items()}
+    shape = choose_shape(longest, len(weight), multiprocessors)
+    return pack(weight, shape, lengths[shape.bits])
+
+
+def entries(weight: Tensor, bits: int) -> Tensor:
+    """[rows] int64: entries of every row, bridging zeros included."""
+    found = [_columns(weight[i : i + PANEL], bits)[3] for i in range(0, len(weight), PANEL)]
+    return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
+
+
+def pack(weight: Tensor, shape: Shape, lengths: Tensor | None = None) -> Gaps:
+    """Of a [rows, columns] bf16 or fp16 matrix; ValueError beyond 60,000 columns.
+
+    lengths: of entries(), if they are known. Rows of like length are put together, when that saves blocks.
+    """
+    rows, columns = weight.shape
+    if columns > MAX_COLUMNS:
+        raise ValueError(f"{columns} columns are more than {MAX_COLUMNS}")
+    if lengths is None:
+        lengths = entries(weight, shape.bits)
+    slices = -(-rows // shape.rows)
+    unit = shape.block * shape.parts * shape.warps
+    order = torch.arange(slices * shape.rows, device=weight.device)
+    order[rows:] = -1
+    need = _blocks(lengths, order, shape.rows, unit)
+    if int(need.min()) != int(need.max()):
+        ranked = lengths.argsort(descending=True, stable=True)
+        order[:rows] = ranked
+        need = _blocks(lengths, order, shape.rows, unit)
+    # Slices of one length need no table to be found; worth 2 % more bytes.
+    longest = int(need.max())
+    uniform = longest * slices <= 1.02 * int(need.sum())
+    if uniform:
+        need = torch.full_like(need, longest)
+    first = torch.zeros(slices + 1, dtype=torch.int64, device=weight.device)
+    torch.cumsum(need, 0, out=first[1:])
+    streams, starts, reach = [], [], columns
+    for begin, end in _runs(need, max(1, PANEL // shape.rows)):
+        these = order[begin * shape.rows : end * shape.rows]
+        stream, start, touched = _pack_slices(weight, these, int(need[begin]), shape)
+        streams.append(stream.flatten(0, 2))
+        starts.append(start)
+        reach = max(reach, touched)
+    return Gaps(
+        shape, torch.cat(streams), torch.cat(starts), first.int(), order.int(),
+        longest if uniform else 0, reach,
+    )  # fmt: skip
+
+
+def unpack(packed: Gaps, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The [rows, columns] matrix: inverse of pack."""
+    shape, device = packed.shape, packed.stream.device
+    weight = torch.zeros(rows, columns, dtype=dtype, device=device)
+    lanes = torch.arange(LANES, device=device)
+    before = 0
+    counts = packed.first.diff()
+    for index, blocks in enumerate(counts.tolist()):
+        # [warp, block, quad, lane, word]
+        part = packed.stream[before : before + shape.warps * blocks]
+        part = part.view(shape.warps, blocks, -1, LANES, 4)
+        before += shape.warps * blocks
+        values = part[:, :, :-1].contiguous().view(dtype)
+        values = values.permute(0, 3, 1, 2, 4).reshape(shape.warps, LANES, -1)
+        per_word = shape.block // 4
+        shifts = shape.bits * torch.arange(per_word, device=device)
+        words = part[:, :, -1].permute(0, 2, 1, 3).unsqueeze(-1)
+        gaps = (words.long() >> shifts & (1 << shape.bits) - 1).reshape(values.shape)
+        begin = packed.starts[index].view(torch.int16).long() & 0xFFFF
+        at = begin.unsqueeze(-1) + (gaps + 1).cumsum(-1) - 1
+        row = packed.order[index * shape.rows + lanes % shape.rows].long()
+        wanted = (at < columns) & (row >= 0)[:, None]
+        place = row[:, None].expand(at.shape)[wanted], at[wanted]
+        # Entries that bridge a gap are zero and may share a place with nothing else.
+        weight.index_put_(place, values[wanted])
+    return weight
+
+
+def _blocks(lengths: Tensor, order: Tensor, rows: int, unit: int) -> Tensor:
+    """Blocks that a warp of every slice needs."""
+    of_place = torch.where(order >= 0, lengths[order.clamp_min(0)], 0)
+    return ((of_place.view(-1, rows).amax(1) + unit - 1) // unit).clamp_min(1)
+
+
+def _runs(need: Tensor, most: int) -> Iterator[tuple[int, int]]:
+    """Ranges of slices that need equally many blocks, at most so many at once."""
+    counts = need.tolist()
+    begin = 0
+    for end in range(1, len(counts) + 1):
+        if end == len(counts) or counts[end] != counts[begin] or end - begin == most:
+            yield begin, end
+            begin = end
+
+
+def _columns(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of every non-zero its row, gap and entry within the row; entries of every row."""
+    rows, columns = (weight != 0).nonzero(as_tuple=True)
+    gap = columns.clone()
+    same = rows[1:] == rows[:-1]
+    gap[1:] -= torch.where(same, columns[:-1] + 1, 0)
+    # A non-zero and the zeros that bridge the way to it.
+    steps = (gap >> bits) + 1
+    total = steps.cumsum(0)
+    lengths = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
+    lengths.index_add_(0, rows, steps)
+    begin = lengths.cumsum(0) - lengths
+    return rows, gap, total - 1 - begin[rows], lengths
+
+
+def _pack_slices(
+    weight: Tensor, order: Tensor, blocks: int, shape: Shape
+) -> tuple[Tensor, Tensor, int]:
+    """Stream [slices, warps, blocks, quads, 32, 4], starts, and the columns that lanes reach."""
+    part = weight[order.clamp_min(0)] * (order >= 0)[:, None]
+    rows, gap, entry, lengths = _columns(part, shape.bits)
+    total = shape.parts * shape.warps * blocks * shape.block
+    # What bridges a gap steps over as much as fits; behind the last non-zero, steps are short.
+    index = torch.arange(total, device=weight.device)
+    gaps = torch.where(index[None] < lengths[:, None], (1 << shape.bits) - 1, 0)
+    gaps[rows, entry] = gap & (1 << shape.bits) - 1
+    values = torch.zeros(len(part), total, dtype=weight.dtype, device=weight.device)
+    values[rows, entry] = part[part != 0]
+    begin = (gaps + 1).cumsum(1)
+    reach = int(begin[:, -1].max()) if total else 0
+    starts = torch.nn.functional.pad(begin[:, :-1], (1, 0))[:, :: max(1, blocks * shape.block)]
+    split = (-1, shape.rows, shape.warps, shape.parts)
+    starts = starts.reshape(split).permute(0, 2, 3, 1).reshape(-1, shape.warps, LANES)
+    per_word = shape.block // 4
+    shifts = shape.bits * torch.arange(per_word, device=weight.device)
+    words = (gaps.view(*gaps.shape[:1], -1, 4, per_word) << shifts).sum(-1)
+    words = words.to(torch.int32).view(*split, blocks, 1, 4)
+    quads = values.view(*split, blocks, shape.block // 8, 8).view(torch.int32)
+    stream = torch.cat([quads, words], dim=5)
+    stream = stream.permute(0, 2, 4, 5, 3, 1, 6).flatten(4, 5).contiguous()
+    return stream, starts.to(torch.int32).to(torch.int16).view(torch.uint16), reach

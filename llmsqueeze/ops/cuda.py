@@ -1,0 +1,183 @@
+"""CUDA kernels: compiled at first use, kept on disk, launched on torch's current stream.
+
+The only module that imports cuda.core.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.resources
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsqueeze.errors import EnvironmentFault
+
+Macros = Mapping[str, int]
+
+
+def cubin_folder() -> Path:
+    """Where compiled kernels are kept: LLMSQUEEZE_CACHE_DIR, or the user's cache folder."""
+    given = os.environ.get("LLMSQUEEZE_CACHE_DIR")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return (Path(given) if given else base / "llmsqueeze") / "kernels"
+
+
+def source(name: str) -> str:
+    """The whole source of kernels/NAME.cu."""
+    folder = importlib.resources.files("llmsqueeze._kernels")
+    return "\n".join((folder / f"{part}.cu").read_text("utf-8") for part in ("prelude", name))
+
+
+def compile_cubin(name: str, macros: Macros, arch: str) -> bytes:
+    """kernels/NAME.cu as machine code for an architecture such as "sm_90"; needs no GPU.
+
+    Raises EnvironmentFault without cuda.core, and with the compiler's words when it refuses.
+    """
+    try:
+        from cuda.core import Program, ProgramOptions
+    except ImportError as error:
+        raise EnvironmentFault(
+            "CUDA kernels need the package cuda-core; run: pip install 'llmsqueeze[cuda]'"
+        ) from error
+    options = ProgramOptions(
+        name=name, arch=arch, std="c++17", define_macro=[(k, str(v)) for k, v in macros.items()]
+    )
+    try:
+        code = Program(source(name), "c++", options).compile("cubin").code
+    except Exception as error:  # each release of cuda.core has its own
+        raise EnvironmentFault(f"kernels/{name}.cu does not compile for {arch}: {error}") from error
+    return bytes(code)
+
+
+def cubin(name: str, macros: Macros, arch: str) -> bytes:
+    """compile_cubin, from disk if the same was compiled before by the same compiler."""
+    versions = _compiler()
+    text = "\0".join((source(name), repr(sorted(macros.items())), arch, versions))
+    path = cubin_folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        pass
+    code = compile_cubin(name, macros, arch)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Renamed into place: another process may compile the same, or be killed half-way.
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        file.write(code)
+    os.replace(file.name, path)
+    return code
+
+
+@functools.cache
+def _compiler() -> str:
+    try:
+        import cuda.core
+        from cuda.bindings import nvrtc
+    except ImportError as error:
+        raise EnvironmentFault(
+            "CUDA kernels need the package cuda-core; run: pip install 'llmsqueeze[cuda]'"
+        ) from error
+    return f"cuda.core {cuda.core.__version__}, nvrtc {nvrtc.nvrtcVersion()}"
+
+
+@functools.cache
+def architecture(index: int) -> tuple[str, int]:
+    """A device's architecture, and how many multiprocessors it has."""
+    found = torch.cuda.get_device_properties(index)
+    return f"sm_{found.major}{found.minor}", found.multi_processor_count
+
+
+def is_hopper(index: int) -> bool:
+    """Whether a device has clusters and programmatic dependent launch: sm_90 and later."""
+    return int(architecture(index)[0][3:]) >= 90
+
+
+@functools.cache
+def most_shared(index: int) -> int:
+    """Bytes of dynamic shared memory that a block may have; 4 KB are left for what kernels declare."""
+    return torch.cuda.get_device_properties(index).shared_memory_per_block_optin - 4096
+
+
+@functools.cache
+def _kernel(name: str, macros: tuple[tuple[str, int], ...], index: int) -> Any:
+    from cuda.bindings import driver
+    from cuda.core import ObjectCode
+
+    arch, _ = architecture(index)
+    if torch.cuda.is_current_stream_capturing():
+        raise EnvironmentFault(
+            f"kernel {name} is used for the first time within a CUDA graph capture;"
+            " run the model once before capturing it"
+        )
+    kernel = ObjectCode.from_cubin(cubin(name, dict(macros), arch)).get_kernel(name)
+    wanted = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    handle = driver.CUkernel(int(kernel.handle))
+    status = driver.cuKernelSetAttribute(
+        wanted, most_shared(index), handle, driver.CUdevice(index)
+    )[0]
+    if int(status):
+        raise EnvironmentFault(f"kernel {name}: {status!r}")
+    return kernel
+
+
+@functools.lru_cache(maxsize=4096)
+def _config(grid: tuple[int, int], block: int, shared: int, cluster: int, overlap: bool) -> Any:
+    from cuda.core import LaunchConfig
+
+    more: dict[str, Any] = {"cluster": cluster} if cluster > 1 else {}
+    if overlap:
+        more["programmatic_stream_serialization"] = True
+    # With clusters cuda.core counts those, not blocks.
+    wanted = (grid[0] // cluster, grid[1])
+    return LaunchConfig(grid=wanted, block=block, shmem_size=shared, **more)
+
+
+@functools.lru_cache(maxsize=64)
+def _stream(handle: int) -> Any:
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
+def launch(
+    name: str,
+    macros: Macros,
+    like: Tensor,
+    arguments: tuple[Any, ...],
+    *,
+    grid: tuple[int, int],
+    block: int,
+    shared: int,
+    cluster: int = 1,
+) -> None:
+    """Run kernels/NAME.cu on the current stream of `like`'s device.
+
+    arguments: tensors, None for a null pointer, and numbers that are passed as 32-bit integers. shared:
+    bytes of dynamic shared memory.
+    """
+    from cuda.core import launch as start
+
+    index = like.device.index
+    if shared > most_shared(index):
+        raise EnvironmentFault(
+            f"kernel {name} needs {shared} bytes of shared memory; use another GPU"
+        )
+    kernel = _kernel(name, tuple(sorted(macros.items())), index)
+    stream = _stream(torch.cuda.current_stream(index).cuda_stream)
+    config = _config(grid, block, shared, cluster, bool(macros.get("PDL")))
+    start(stream, config, kernel, *map(_argument, arguments))
+
+
+def _argument(value: Any) -> Any:
+    if value is None:
+        return 0
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return ctypes.c_int(value)

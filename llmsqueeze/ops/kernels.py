@@ -1,0 +1,197 @@
+"""The operators on CUDA: which variant of a kernel runs, and how it is launched."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from llmsqueeze.errors import EnvironmentFault
+from llmsqueeze.ops import cuda
+
+# Beyond so many rows of x weights are expanded, and cuBLAS multiplies them.
+SPARSE24_TOKENS = 64
+GAP_TOKENS = 8
+# Tiles of 8 tokens (0: up to four tokens) → bands of 16 rows to a block, warps to a band: the fastest on an
+# H100 for matrices of many rows, and of fewer than _WIDE.
+SPARSE24_WIDE = {0: (1, 8), 1: (2, 4), 2: (4, 2), 4: (4, 2), 8: (8, 1)}
+SPARSE24_NARROW = {0: (1, 8), 1: (2, 4), 2: (2, 4), 4: (2, 4), 8: (4, 2)}
+_WIDE = 8192
+# Rows of weights that are expanded at a time: their panel stays in the L2 cache.
+PANEL = 4096
+# Bytes of x in shared memory: of all of it, and of two stages; so that several blocks fit a multiprocessor.
+_ALL, _STAGE = 96 * 1024, 48 * 1024
+
+
+def sparse24_linear(x: Tensor, stream: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    x, tokens, columns = _matrix(x)
+    if tokens > SPARSE24_TOKENS:
+        return _expanded(x, bias, rows, functools.partial(_expand_sparse24, stream, columns))
+    y = x.new_empty(*x.shape[:-1], rows)
+    chunks = stream.shape[1]
+    tiles = next(n for n in (1, 2, 4, 8) if tokens <= 8 * n)
+    if tokens <= 4 and chunks * 512 * tokens <= _ALL:
+        tiles = 0
+    bands, splits = (SPARSE24_WIDE if rows >= _WIDE else SPARSE24_NARROW)[tiles]
+    # Chunks of x in shared memory: all, or two stages of a multiple of the splits.
+    span, stages = chunks, 1
+    stage = _STAGE if rows >= _WIDE and tiles < 8 else cuda.most_shared(x.device.index) * 7 // 8
+    if tiles and span * 512 * tokens > stage:
+        span = max(splits, stage // (2 * 512 * tokens) // splits * splits)
+        stages = 1 if span >= chunks else 2
+    macros = {
+        "BANDS": bands, "SPLITS": splits, "TILES": tiles, "BLOCKS": 1 if tiles == 8 else 2,
+        "HALF": _half(x), "PDL": int(cuda.is_hopper(x.device.index)),
+    }  # fmt: skip
+    held = 16 + stages * tokens * (span * 32 + 1) * 16
+    cuda.launch(
+        "sparse24", macros, x, (stream, x, y, bias, rows, columns, tokens, chunks, span),
+        grid=(-(-rows // (16 * bands)), 1), block=32 * bands * splits,
+        shared=max(held, bands * splits * tokens * 64),
+    )  # fmt: skip
+    return y
+
+
+def gap_linear(
+    x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
+    rows: int, bits: int, parts: int, blocks: int, reach: int,
+) -> Tensor:  # fmt: skip
+    x, tokens, columns = _matrix(x)
+    slices, warps = starts.shape[:2]
+    # What a launch can hold of x; wide layers take fewer tokens at a time.
+    most = GAP_TOKENS
+    while most > 1 and _column_bytes(most) * (reach + 2) > cuda.most_shared(x.device.index):
+        most //= 2
+    if tokens > GAP_TOKENS:
+        expand = functools.partial(_expand_gaps, stream, starts, first, bits, parts, columns)
+        y = _expanded(x, None, slices * (32 // parts), expand)
+        y = y[..., :rows]
+        if order is not None:
+            y = torch.empty_like(y).index_copy_(-1, order[:rows].long(), y)
+        return y if bias is None else y + bias
+    y = x.new_empty(*x.shape[:-1], rows)
+    given, found = x.view(tokens, columns), y.view(tokens, rows)
+    for begin in range(0, tokens, most):
+        some = min(most, tokens - begin)
+        held = next(n for n in (1, 2, 4, 8) if some <= n)
+        padded = (reach + 2) // 2 * 2
+        macros = {
+            "GAP": bits, "PARTS": parts, "TOKENS": held, "WARPS": 14, "BLOCKS": 2,
+            "HALF": _half(x), "PDL": int(cuda.is_hopper(x.device.index)),
+        }  # fmt: skip
+        cuda.launch(
+            "gaps", macros, x,
+            (stream, starts, None if blocks else first, order, given[begin:], found[begin:], bias,
+             rows, columns, padded, some, blocks),
+            grid=(slices, 1), block=32 * warps, shared=_column_bytes(held) * padded,
+        )  # fmt: skip
+    return y
+
+
+def gated_linear(
+    x: Tensor, threshold: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor | None,
+    down: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """weight: [rows, columns] as a view of an input-major matrix, see input_major."""
+    x, tokens, columns = _matrix(x)
+    rows = weight.shape[0]
+    if weight.stride(0) != 1 or weight.stride(1) % 8:
+        raise EnvironmentFault("gated_linear: on CUDA weights must be input-major: ops.input_major")
+    y = x.new_empty(*x.shape[:-1], rows)
+    clusters = cuda.is_hopper(x.device.index)
+    warps, tile, cluster, depth = gated_shape(
+        rows, columns, cuda.architecture(x.device.index)[1], clusters
+    )
+    share = -(-columns // (2 * cluster)) * 2
+    macros = {
+        "WARPS": warps, "TILE": tile, "CLUSTER": cluster, "DEPTH": depth,
+        "ITEMS": max(1, -(-share // (64 * warps))), "BLOCKS": 2 if share <= 8192 else 1,
+        "HALF": _half(x), "PDL": 0,
+    }  # fmt: skip
+    cuda.launch(
+        "gated", macros, x,
+        (weight, x, threshold, y, bias, rows, columns, weight.stride(1) // 8),
+        grid=(-(-rows // tile) * cluster, tokens), block=32 * warps,
+        shared=8 * share + 4 * warps * tile, cluster=cluster,
+    )  # fmt: skip
+    if up is not None and down is not None:
+        kept = torch.ops.llmsqueeze.gate(x, threshold)
+        y = y + (x - kept) @ down.t() @ up.t()
+    return y
+
+
+def gated_shape(
+    rows: int, columns: int, multiprocessors: int, clusters: bool
+) -> tuple[int, int, int, int]:
+    """Warps, tile, cluster and depth; measured on an H100 by tests/benchmarks/kernel_shapes.py."""
+    if not clusters:
+        tile = 32
+        while tile < 256 and rows // tile > 2 * multiprocessors:
+            tile *= 2
+        return 16, tile, 1, 4
+    if rows >= 128 * multiprocessors:
+        return 8, 256, 2, 8
+    if rows >= 64 * multiprocessors:
+        return 16, 128, 2, 4
+    if columns >= 8192:
+        return 16, 256, 8, 4
+    return 16, 32, 1, 4
+
+
+def _column_bytes(tokens: int) -> int:
+    """Of one column of x in shared memory, see gaps.cu."""
+    return 4 if tokens <= 2 else 2 * tokens
+
+
+def _matrix(x: Tensor) -> tuple[Tensor, int, int]:
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise EnvironmentFault(
+            f"CUDA kernels compute in bfloat16 or float16, not {x.dtype}; choose --dtype bfloat16"
+        )
+    return x.contiguous(), x[..., 0].numel(), x.shape[-1]
+
+
+def _half(x: Tensor) -> int:
+    return int(x.dtype == torch.float16)
+
+
+def _expanded(
+    x: Tensor, bias: Tensor | None, rows: int, expand: Callable[[int, int], Tensor]
+) -> Tensor:
+    """x times weights that `expand(begin, end)` makes dense, a panel of rows at a time."""
+    y = x.new_empty(*x.shape[:-1], rows)
+    for begin in range(0, rows, PANEL):
+        end = min(begin + PANEL, rows)
+        part = None if bias is None else bias[begin:end]
+        y[..., begin:end] = linear(x, expand(begin, end).view(x.dtype), part)
+    return y
+
+
+def _expand_sparse24(stream: Tensor, columns: int, begin: int, end: int) -> Tensor:
+    dtype = torch.bfloat16
+    rows, chunks = end - begin, stream.shape[1]
+    panel = torch.empty(rows, columns, dtype=dtype, device=stream.device)
+    work = -(-rows // 16) * chunks
+    cuda.launch(
+        "sparse24_expand", {"HALF": 0, "PDL": 0}, stream,
+        (stream, panel, rows, columns, chunks, begin // 16),
+        grid=(-(-work // 8), 1), block=256, shared=0,
+    )  # fmt: skip
+    return panel
+
+
+def _expand_gaps(
+    stream: Tensor, starts: Tensor, first: Tensor, bits: int, parts: int, columns: int, begin: int,
+    end: int,
+) -> Tensor:  # fmt: skip
+    held, width = 32 // parts, 1024
+    panel = torch.empty(end - begin, columns, dtype=torch.bfloat16, device=stream.device)
+    cuda.launch(
+        "gaps_expand", {"GAP": bits, "PARTS": parts, "WIDTH": width, "HALF": 0, "PDL": 0}, stream,
+        (stream, starts, first, panel, columns, starts.shape[1], begin // held),
+        grid=((end - begin) // held, -(-columns // width)), block=256, shared=2 * held * width,
+    )  # fmt: skip
+    return panel

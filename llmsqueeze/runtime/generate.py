@@ -1,0 +1,79 @@
+"""Greedy decoding with a cache of fixed size, every step of it one CUDA graph."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import StaticCache
+
+from llmsqueeze.errors import RecipeError
+
+# Before a step is captured it runs as it is: kernels are compiled, and libraries take their workspaces.
+_WARM_STEPS = 3
+
+
+class Decoder:
+    """Generates one token after another with a causal language model, batch 1.
+
+    length: tokens that prompt and answer may have together. compiled: whether torch.compile fuses what
+    lies between the kernels; takes a minute. On a CPU steps run one by one.
+    """
+
+    def __init__(self, model: nn.Module, length: int, *, compiled: bool = False) -> None:
+        self.model = model
+        self.length = length
+        self.device = next(model.parameters()).device
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        parameters = inspect.signature(model.forward).parameters
+        # Renamed in transformers 5.24.
+        self._options = {"cache" if "cache" in parameters else "past_key_values": self.cache}
+        self._forward: Any = (
+            torch.compile(model.forward, fullgraph=True) if compiled else model.forward
+        )
+        self._token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if self.device.type == "cuda":
+            self._capture()
+
+    @torch.no_grad()
+    def generate(self, prompt: Tensor, count: int) -> Iterator[Tensor]:
+        """Token ids, [1] each, as they come; prompt: [tokens]. RecipeError if they do not fit."""
+        if len(prompt) + count > self.length:
+            raise RecipeError(f"{len(prompt)} + {count} tokens do not fit {self.length}")
+        self.cache.reset()
+        logits = self.model(prompt[None].to(self.device), **self._options, logits_to_keep=1).logits
+        self._token.copy_(logits[:, -1:].argmax(-1))
+        yield self._token[0].clone()
+        for _ in range(count - 1):
+            self.step()
+            yield self._token[0].clone()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One token further: the work of decoding, and nothing else."""
+        if self._graph is not None:
+            self._graph.replay()
+        else:
+            self._step()
+
+    def _step(self) -> None:
+        logits = self._forward(self._token, **self._options).logits
+        self._token.copy_(logits[:, -1:].argmax(-1))
+
+    @torch.no_grad()
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream(self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_STEPS):
+                self._step()
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self._step()
+        self._graph = graph

@@ -1,0 +1,290 @@
+"""Linears whose weights lie in the layout of a kernel: one module for each format.
+
+They are made from dense linears that are full of zeros, one after another, so that no more than one weight
+is on the device twice.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmsqueeze.errors import EnvironmentFault
+from llmsqueeze.numerics import gaps, sparse24
+from llmsqueeze.ops import input_major
+from llmsqueeze.runtime.gates import Gate, GatedLinear
+
+# Below, reading the gaps costs nearly what the zeros saved.
+LEAST_SPARSITY = 0.4
+# Linears that are fed by one tensor, by their names: one product for all.
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+class PackedLinear(nn.Module):  # type: ignore[misc]
+    """y = W x + b for [out_features, in_features] weights that exist only in a kernel's layout."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("bias", bias, persistent=False)
+        self.register_state_dict_pre_hook(_refuse)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class Sparse24Linear(PackedLinear):
+    """At most two non-zeros in four: for sparse tensor cores. stream: see numerics.sparse24."""
+
+    stream: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self.register_buffer("stream", sparse24.pack(weight), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.sparse24_linear(
+            x, self.stream, self.bias, self.out_features
+        )
+        return y
+
+
+class GapLinear(PackedLinear):
+    """Zeros anywhere: non-zeros and the gaps between them. Buffers and shape: see numerics.gaps.Gaps."""
+
+    stream: Tensor
+    starts: Tensor
+    first: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        packed = gaps.pack_best(weight, _multiprocessors(weight.device))
+        self.register_buffer("stream", packed.stream, persistent=False)
+        self.register_buffer("starts", packed.starts, persistent=False)
+        self.register_buffer("first", packed.first, persistent=False)
+        rows = torch.arange(len(weight), dtype=torch.int32, device=weight.device)
+        own = torch.equal(packed.order[: len(weight)], rows)
+        self.register_buffer("order", None if own else packed.order, persistent=False)
+        self.shape = packed.shape.bits, packed.shape.parts, packed.blocks, packed.reach
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.gap_linear(
+            x, self.stream, self.starts, self.first, self.order, self.bias, self.out_features,
+            *self.shape,
+        )  # fmt: skip
+        return y
+
+
+class Fused(nn.Module):  # type: ignore[misc]
+    """Several linears of one input as one. product: their outputs, one after another."""
+
+    def __init__(self, product: nn.Module) -> None:
+        super().__init__()
+        self.product = product
+        self._last: tuple[Tensor, Tensor] | None = None
+
+    def outputs(self, x: Tensor, last: bool) -> Tensor:
+        """Of all of them. They are called in turn with the same tensor: the work is done once."""
+        known = self._last
+        y: Tensor = known[1] if known is not None and known[0] is x else self.product(x)
+        # Nothing is kept beyond the last call: a plain reference, which torch.compile understands.
+        self._last = None if last else (x, y)
+        return y
+
+
+class FusedPart(nn.Module):  # type: ignore[misc]
+    """One of the linears that Fused stands for: rows begin to end of its output."""
+
+    def __init__(self, fused: Fused, begin: int, end: int, *, last: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.begin, self.end, self.last = begin, end, last
+        self.in_features, self.out_features = fused.product.in_features, end - begin
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fused.outputs(x, self.last)[..., self.begin : self.end]
+
+
+class GatedProduct(nn.Module):  # type: ignore[misc]
+    """What the linears behind a gate put out, one after another, for tokens that the gate has to itself.
+
+    weight: [rows, columns], input-major; see ops.gated_linear.
+    """
+
+    weight: Tensor
+
+    def __init__(self, gate: Gate, weight: Tensor, bias: Tensor | None, up: Tensor | None) -> None:
+        super().__init__()
+        self.gate = gate
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("up", up, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.gated_linear(
+            x, self.gate.threshold, self.weight, self.bias, self.up, self.gate.down
+        )
+        return y
+
+
+class GatedPart(nn.Module):  # type: ignore[misc]
+    """A linear behind a gate whose weight is part of a GatedProduct: rows begin to end."""
+
+    def __init__(self, fused: Fused, linear: GatedLinear, begin: int, end: int) -> None:
+        super().__init__()
+        self.fused, self.gate, self.last = fused, linear.gate, linear.last
+        self.begin, self.end = begin, end
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, product, rows = self.gate, self.fused.product, slice(self.begin, self.end)
+        if gate.whole(x):
+            return self.fused.outputs(x, self.last)[..., rows]
+        kept, side = gate.split(x)
+        if self.last:
+            gate.release()
+        bias = None if product.bias is None else product.bias[rows]
+        y = nn.functional.linear(kept, product.weight[rows], bias)
+        return y if side is None or product.up is None else y + side @ product.up[rows].t()
+
+
+@dataclass
+class Report:
+    """What use_kernels did. formats: format → linears; bytes_before, bytes_after: of their weights."""
+
+    formats: Counter[str] = field(default_factory=Counter)
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: float = 0.0
+
+    def add(self, format: str, linears: int, weight: Tensor, module: nn.Module) -> None:
+        self.formats[format] += linears
+        self.bytes_before += _bytes(weight)
+        self.bytes_after += sum(_bytes(buffer) for buffer in module.buffers())
+
+
+def use_kernels(model: nn.Module, device: torch.device | None = None) -> Report:
+    """Replace the linears of a loaded model by those that run on compressed weights, in place.
+
+    device: where they are to live; weights are packed there, each on its own. Linears with fewer zeros than
+    LEAST_SPARSITY stay as they are, and so does what the rest of the model is made of. The model can then
+    no longer be saved or trained.
+
+    Raises EnvironmentFault on a CPU, and in a dtype that kernels do not compute in.
+    """
+    where = device or next(model.parameters()).device
+    _check(next(model.parameters()).dtype, where)
+    return pack_linears(model, where)
+
+
+@torch.no_grad()
+def pack_linears(model: nn.Module, device: torch.device) -> Report:
+    """use_kernels() without asking whether there are kernels: on a CPU operators run their reference."""
+    begun = time.perf_counter()
+    report = Report()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    owners = [m for m in model.modules() if any(isinstance(c, nn.Linear) for c in m.children())]
+    for owner in owners:
+        for names in _groups(owner, head):
+            linears = [getattr(owner, name) for name in names]
+            _replace(owner, names, linears, device, report)
+    report.seconds = time.perf_counter() - begun
+    return report
+
+
+def _replace(
+    owner: nn.Module,
+    names: tuple[str, ...],
+    linears: list[nn.Linear],
+    device: torch.device,
+    report: Report,
+) -> None:
+    weight = torch.cat([linear.weight.to(device) for linear in linears])
+    bias = None
+    if linears[0].bias is not None:
+        bias = torch.cat([linear.bias.to(device) for linear in linears])
+    parts: list[nn.Module] = []
+    ends = list(itertools.accumulate(linear.out_features for linear in linears))
+    if isinstance(linears[0], GatedLinear):
+        ups = [linear.up for linear in linears]
+        up = None if ups[0] is None else torch.cat([up.to(device) for up in ups])
+        fused = Fused(GatedProduct(linears[0].gate.to(device), input_major(weight), bias, up))
+        for linear, end in zip(linears, ends, strict=True):
+            parts.append(GatedPart(fused, linear, end - linear.out_features, end))
+        report.add("gated", len(names), weight, fused.product)
+    elif weight.count_nonzero() > (1 - LEAST_SPARSITY) * weight.numel():
+        return
+    else:
+        packed = (Sparse24Linear if sparse24.fits(weight) else GapLinear)(weight, bias)
+        report.add("2:4" if type(packed) is Sparse24Linear else "gaps", len(names), weight, packed)
+        if len(names) == 1:
+            parts = [packed]
+        else:
+            fused = Fused(packed)
+            for linear, end in zip(linears, ends, strict=True):
+                begin = end - linear.out_features
+                parts.append(FusedPart(fused, begin, end, last=end == ends[-1]))
+    for name, part in zip(names, parts, strict=True):
+        setattr(owner, name, part)
+
+
+def _groups(owner: nn.Module, head: nn.Module | None) -> Iterator[tuple[str, ...]]:
+    """Names of linears in a module that become one, or stand alone."""
+    found = {
+        name: child
+        for name, child in owner.named_children()
+        if type(child) in (nn.Linear, GatedLinear) and child is not head
+    }
+    for names in FUSED:
+        members = [found[name] for name in names if name in found]
+        if len(members) == len(names) and len({_kind(member) for member in members}) == 1:
+            yield names
+            for name in names:
+                del found[name]
+    for name in found:
+        yield (name,)
+
+
+def _kind(linear: nn.Linear) -> tuple[Any, ...]:
+    """Equal for linears that can be one."""
+    gate = linear.gate if isinstance(linear, GatedLinear) else None
+    return gate, linear.in_features, linear.bias is None
+
+
+def _check(dtype: torch.dtype, device: torch.device) -> None:
+    if device.type != "cuda":
+        raise EnvironmentFault("kernels for compressed weights run on CUDA only; use --device cuda")
+    if dtype not in (torch.bfloat16, torch.float16):
+        raise EnvironmentFault(
+            f"kernels compute in bfloat16 or float16, not {str(dtype).removeprefix('torch.')};"
+            " use --dtype bfloat16, or --backend reference"
+        )
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        raise EnvironmentFault(
+            "kernels need a GPU of compute capability 8.0; use --backend reference"
+        )
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 132
+    )
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _refuse(*args: Any) -> None:
+    raise RuntimeError(
+        "this model was converted for kernels and cannot be saved; load the checkpoint again to save it"
+    )

@@ -1,0 +1,137 @@
+"""Sparse rows as gaps: read back, and walked lane by lane as the kernel walks them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from llmsqueeze.numerics import gaps
+
+BF16 = torch.bfloat16
+
+
+def sparse(rows: int, columns: int, density: float | Tensor, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    keep = torch.rand(rows, columns, generator=generator) < density
+    return (torch.randn(rows, columns, generator=generator) * keep).to(BF16)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 70),
+    st.integers(1, 300),
+    st.floats(0, 1),
+    st.sampled_from([3, 4]),
+    st.sampled_from([1, 2, 4]),
+    st.integers(1, 6),
+    st.integers(0, 99),
+)
+def test_unpacking_is_the_inverse(
+    rows: int, columns: int, density: float, bits: int, parts: int, warps: int, seed: int
+) -> None:
+    weight = sparse(rows, columns, density, seed)
+    packed = gaps.pack(weight, gaps.Shape(bits, parts, warps))
+    assert torch.equal(gaps.unpack(packed, rows, columns, BF16), weight)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_rows_of_every_length(bits: int) -> None:
+    """Slices of like rows need not take the blocks of the longest one."""
+    weight = sparse(200, 2000, torch.linspace(0, 1, 200)[torch.randperm(200)][:, None])
+    weight[17] = 0
+    packed = gaps.pack(weight, gaps.Shape(bits, 2, 3))
+    assert packed.blocks == 0
+    assert torch.equal(gaps.unpack(packed, 200, 2000, BF16), weight)
+    longest = int(packed.first.diff().max()) * len(packed.starts) * 3
+    assert len(packed.stream) < 0.7 * longest
+
+
+def test_a_panel_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = sparse(300, 200, torch.rand(300, 1, generator=torch.Generator().manual_seed(1)))
+    whole = gaps.pack(weight, gaps.Shape(3, 2, 2))
+    monkeypatch.setattr(gaps, "PANEL", 48)
+    parts = gaps.pack(weight, gaps.Shape(3, 2, 2))
+    assert torch.equal(whole.stream, parts.stream)
+    assert torch.equal(whole.starts.view(torch.int16), parts.starts.view(torch.int16))
+    assert torch.equal(gaps.entries(weight, 3), gaps.entries(weight, 3))
+
+
+def walk(packed: gaps.Gaps, x: Tensor, rows: int) -> Tensor:
+    """W x in fp64 as a lane goes through the memory: addresses, not tensors.
+
+    Fails where a lane would leave `reach` columns of x.
+    """
+    shape = packed.shape
+    quads = shape.block // 8 + 1
+    words = packed.stream.flatten().tolist()
+    values = packed.stream.flatten().view(BF16).double()
+    starts = (packed.starts.view(torch.int16).long() & 0xFFFF).flatten().tolist()
+    held = torch.zeros(packed.reach, dtype=torch.float64)
+    held[: len(x)] = x
+    y = torch.zeros(rows, dtype=torch.float64)
+    first = packed.first.tolist()
+    per_word = shape.block // 4
+    for index in range(len(packed.starts)):
+        blocks = first[index + 1] - first[index]
+        for warp in range(shape.warps):
+            for lane in range(32):
+                row = int(packed.order[index * shape.rows + lane % shape.rows])
+                at = starts[(index * shape.warps + warp) * 32 + lane]
+                for block in range(blocks):
+                    base = (first[index] * shape.warps + warp * blocks + block) * quads
+                    for entry in range(shape.block):
+                        gap_word = words[(base + quads - 1) * 128 + lane * 4 + entry // per_word]
+                        at += gap_word >> shape.bits * (entry % per_word) & (1 << shape.bits) - 1
+                        place = ((base + entry // 8) * 32 + lane) * 8 + entry % 8
+                        product = values[place] * held[at]
+                        if row >= 0:
+                            y[row] += product
+                        else:
+                            assert values[place] == 0
+                        at += 1
+    return y
+
+
+@pytest.mark.parametrize(("bits", "parts"), [(3, 1), (3, 2), (4, 2), (4, 4)])
+def test_lanes_find_the_product(bits: int, parts: int) -> None:
+    weight = sparse(40, 333, torch.linspace(0.02, 0.8, 40)[:, None])
+    x = torch.randn(333, generator=torch.Generator().manual_seed(3)).double()
+    packed = gaps.pack(weight, gaps.Shape(bits, parts, 2))
+    y = walk(packed, x, 40)
+    assert torch.allclose(y, weight.double() @ x, rtol=1e-12, atol=1e-12)
+
+
+def test_long_gaps_are_bridged() -> None:
+    weight = torch.zeros(3, 500, dtype=BF16)
+    weight[0, [0, 499]] = 1
+    weight[1, 8] = 1  # one more than 3 bits say
+    weight[2, 7] = 1
+    assert gaps.entries(weight, 3).tolist() == [1 + 1 + 498 // 8, 2, 1]
+    assert gaps.entries(weight, 4).tolist() == [1 + 1 + 498 // 16, 1, 1]
+    packed = gaps.pack(weight, gaps.Shape(3, 1, 1))
+    assert torch.equal(gaps.unpack(packed, 3, 500, BF16), weight)
+
+
+def test_bits_a_weight() -> None:
+    """At 50 % with rows of equal length, what the design promises: under 10 bits of 16."""
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.rand(512, 4096, generator=generator).topk(2048, dim=1).indices
+    weight = torch.zeros(512, 4096, dtype=BF16).scatter_(1, columns, 1.0)
+    packed = gaps.pack_best(weight)
+    assert packed.blocks > 0
+    assert packed.stream.numel() * 32 / weight.numel() < 9.9
+
+
+def test_the_shape_keeps_loads_in_flight() -> None:
+    for longest in (2060, 7200, 1245):
+        shape = gaps.choose_shape({3: longest, 4: longest}, 4096)
+        assert shape.warps >= 10
+    assert gaps.choose_shape({3: 5, 4: 4}, 64).warps == 1
+
+
+def test_too_many_columns() -> None:
+    with pytest.raises(ValueError, match="columns"):
+        gaps.pack(torch.zeros(1, 60_001, dtype=BF16), gaps.Shape(3, 1, 1))

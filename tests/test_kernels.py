@@ -1,0 +1,129 @@
+"""Kernels without a GPU: every variant compiles for every architecture, without spills, to what it should."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmsqueeze.errors import EnvironmentFault
+from llmsqueeze.numerics import gaps, sparse24
+from llmsqueeze.ops import cuda, kernels
+
+pytest.importorskip("cuda.core", reason="compiles with cuda-core and NVRTC")
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+STREAMED = r"LDG\.E\.NA\.LTC(128|256)B\.128"
+# What a kernel must have become; LDL and STL are spilled registers.
+EXPECTED = {
+    "sparse24": (r"HMMA\.SP\.16832", STREAMED),
+    "gaps": (STREAMED, r"LDS"),
+    "gated": (STREAMED, r"FFMA"),
+    "sparse24_expand": (r"LDG\.E\.128", r"STG\.E\.64"),
+    "gaps_expand": (r"LDG\.E\.128", r"STS\.U16", r"STG\.E\.128"),
+}
+Variant = tuple[str, tuple[tuple[str, int], ...]]
+
+
+def variants(arch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
+    """What the launcher asks for, over shapes and numbers of tokens."""
+    found: set[Variant] = set()
+
+    def launch(name: str, macros: dict[str, int], *_: Any, **__: Any) -> None:
+        found.add((name, tuple(sorted(macros.items()))))
+
+    monkeypatch.setattr(cuda, "launch", launch)
+    monkeypatch.setattr(cuda, "is_hopper", lambda _: int(arch[3:]) >= 90)
+    monkeypatch.setattr(cuda, "architecture", lambda _: (arch, 132))
+    monkeypatch.setattr(cuda, "most_shared", lambda _: 95_000)
+    for rows in (64, 9000):
+        stream = torch.zeros(-(-rows // 16), 1, 9, 32, 4, dtype=torch.int32)
+        for tokens in (1, 8, 16, 32, 64, 65):
+            kernels.sparse24_linear(torch.zeros(tokens, 256, dtype=dtype), stream, None, rows)
+    for bits in (3, 4):
+        for parts in (1, 2):
+            packed = gaps.pack(torch.zeros(32, 64, dtype=dtype), gaps.Shape(bits, parts, 1))
+            for tokens in (1, 2, 4, 8, 9):
+                kernels.gap_linear(
+                    torch.zeros(tokens, 64, dtype=dtype), packed.stream, packed.starts, packed.first,
+                    None, None, 32, bits, parts, packed.blocks, packed.reach,
+                )  # fmt: skip
+    for rows, columns in ((64, 4096), (9000, 4096), (20_000, 4096), (64, 14_336), (1000, 576)):
+        weight = torch.empty(columns, rows, dtype=dtype, device="meta").t()  # only strides count
+        x = torch.zeros(1, columns, dtype=dtype)
+        kernels.gated_linear(x, torch.zeros(columns), weight, None, None, None)
+    return sorted(found)
+
+
+def disassemble(code: bytes, path: Path) -> str:
+    import nvidia
+
+    tool = next(p for base in nvidia.__path__ for p in Path(base).rglob("nvdisasm"))
+    path.write_bytes(code)
+    return subprocess.run([tool, "-c", path], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype"),
+    [*((arch, torch.bfloat16) for arch in ARCHITECTURES), ("sm_89", torch.float16)],
+)
+def test_every_variant_compiles(
+    arch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found = variants(arch, dtype, monkeypatch)
+    assert {name for name, _ in found} == set(EXPECTED)
+
+    def make(index: int) -> str:
+        name, macros = found[index]
+        code = cuda.compile_cubin(name, dict(macros), arch)
+        return disassemble(code, tmp_path / f"{index}.cubin")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        texts = list(pool.map(make, range(len(found))))
+    for (name, macros), text in zip(found, texts, strict=True):
+        for opcode in EXPECTED[name]:
+            assert re.search(opcode, text), (name, macros, opcode)
+        assert " LDL" not in text and " STL" not in text, (name, macros)
+        assert (" ACQBULK" in text) == bool(dict(macros).get("PDL")), (name, macros)
+
+
+def test_a_cubin_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLMSQUEEZE_CACHE_DIR", str(tmp_path))
+    macros = {"HALF": 0, "PDL": 0}
+    first = cuda.cubin("sparse24_expand", macros, "sm_90")
+    (kept,) = (tmp_path / "kernels").iterdir()
+    monkeypatch.setattr(cuda, "compile_cubin", lambda *_: pytest.fail("compiled again"))
+    assert cuda.cubin("sparse24_expand", macros, "sm_90") == first == kept.read_bytes()
+
+
+def test_another_source_or_macro_is_another_cubin(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LLMSQUEEZE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cuda, "compile_cubin", lambda *_: b"code")
+    for macros, arch in (({"HALF": 0}, "sm_90"), ({"HALF": 1}, "sm_90"), ({"HALF": 0}, "sm_80")):
+        cuda.cubin("gaps", macros, arch)
+    monkeypatch.setattr(cuda, "source", lambda name: "changed")
+    cuda.cubin("gaps", {"HALF": 0}, "sm_90")
+    assert len(list((tmp_path / "kernels").iterdir())) == 4
+
+
+def test_the_compilers_words_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "source", lambda name: "__global__ void f() { nonsense; }")
+    with pytest.raises(EnvironmentFault, match=r"kernels/gaps\.cu does not compile for sm_90"):
+        cuda.compile_cubin("gaps", {}, "sm_90")
+
+
+def test_what_kernels_refuse() -> None:
+    stream = sparse24.pack(torch.zeros(16, 256, dtype=torch.bfloat16))
+    with pytest.raises(EnvironmentFault, match="float32"):
+        kernels.sparse24_linear(torch.zeros(1, 256), stream, None, 16)
+    plain = torch.zeros(16, 256, dtype=torch.bfloat16)
+    with pytest.raises(EnvironmentFault, match="input-major"):
+        kernels.gated_linear(plain[:1], torch.zeros(256), plain, None, None, None)

@@ -1,0 +1,259 @@
+"""Models whose linears lie in the layout of kernels, on operators' references."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from llmsqueeze.activation import Policy
+from llmsqueeze.errors import EnvironmentFault, RecipeError
+from llmsqueeze.numerics import gaps, sparse24
+from llmsqueeze.ops import gated_linear, input_major, is_input_major
+from llmsqueeze.runtime.gates import GateParts, gating_of, install, remove
+from llmsqueeze.runtime.generate import Decoder
+from llmsqueeze.runtime.linears import (
+    FusedPart,
+    GapLinear,
+    GatedPart,
+    Sparse24Linear,
+    pack_linears,
+    use_kernels,
+)
+from tests.conftest import tiny_model
+
+CPU = torch.device("cpu")
+IDS = torch.arange(5, 17).reshape(2, 6)
+
+
+def pruned_model(pattern: str, family: str = "llama") -> Any:
+    model = tiny_model(family).to(torch.bfloat16)
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and "head" not in name and "embed_out" not in name:
+                magnitude = module.weight.float().abs()
+                if pattern == "2:4":
+                    groups = magnitude.unflatten(1, (-1, 4))
+                    keep = (
+                        torch.zeros_like(groups).scatter_(2, groups.topk(2).indices, 1).flatten(1)
+                    )
+                else:
+                    keep = (magnitude >= magnitude.median(1, keepdim=True).values).float()
+                module.weight.mul_(keep)
+    return model
+
+
+def logits(model: Any, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        return model(ids).logits.float()
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3", "opt", "gpt_neox"])
+@pytest.mark.parametrize(("pattern", "kind"), [("2:4", Sparse24Linear), ("50 %", GapLinear)])
+def test_a_packed_model_computes_the_same(family: str, pattern: str, kind: type) -> None:
+    model = pruned_model(pattern, family)
+    expected = logits(model)
+    linears = sum(isinstance(m, nn.Linear) for m in model.modules())
+    report = pack_linears(model, CPU)
+    assert any(isinstance(m, kind) for m in model.modules())
+    left = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert left == [model.get_output_embeddings()]
+    assert sum(report.formats.values()) == linears - 1
+    found = logits(model)
+    # One product for several linears may round its sums in another order.
+    assert float((found - expected).norm() / expected.norm()) < 0.01
+    assert torch.equal(found.argmax(-1), expected.argmax(-1))
+
+
+def test_linears_of_one_input_are_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pruned_model("2:4")
+    pack_linears(model, CPU)
+    attention = model.model.layers[0].self_attn
+    assert isinstance(attention.q_proj, FusedPart)
+    assert attention.q_proj.fused is attention.k_proj.fused is attention.v_proj.fused
+    product = attention.q_proj.fused.product
+    calls: list[Tensor] = []
+    product.register_forward_pre_hook(lambda module, args: calls.append(args[0]))
+    logits(model)
+    logits(model)
+    assert len(calls) == 2
+    assert attention.q_proj.fused._last is None  # nothing is kept alive
+
+
+def test_weights_with_few_zeros_stay_dense() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    expected = logits(model)
+    assert not pack_linears(model, CPU).formats
+    assert torch.equal(logits(model), expected)
+
+
+def test_bytes_are_counted() -> None:
+    model = pruned_model("2:4", "gpt_neox")
+    before = sum(
+        m.weight.numel() * 2
+        for m in model.modules()
+        if isinstance(m, nn.Linear) and m is not model.get_output_embeddings()
+    )
+    report = pack_linears(model, CPU)
+    assert report.bytes_before == before
+    held = [m for m in model.modules() if isinstance(m, Sparse24Linear)]
+    buffers = [b for m in held for b in m.buffers() if b is not None]
+    assert report.bytes_after == sum(b.numel() * b.element_size() for b in buffers)
+
+
+def gated_model(rank: int = 0) -> Any:
+    model = tiny_model().to(torch.bfloat16)
+    parts = {}
+    generator = torch.Generator().manual_seed(3)
+    for index, block in enumerate(model.model.layers):
+        for owner, members in (
+            ("self_attn", ("q_proj", "k_proj", "v_proj")),
+            ("mlp", ("down_proj",)),
+        ):
+            names = tuple(f"model.layers.{index}.{owner}.{m}" for m in members)
+            linears = [model.get_submodule(name) for name in names]
+            width = linears[0].in_features
+            down = torch.randn(rank, width, generator=generator) * 0.1 if rank else None
+            ups = None
+            if rank:
+                ups = {
+                    name: torch.randn(linear.out_features, rank, generator=generator)
+                    for name, linear in zip(names, linears, strict=True)
+                }
+            threshold = torch.full((width,), 0.4)
+            parts[names[0]] = GateParts("input", names[0], names, threshold, down, ups)
+        del block
+    install(model, parts, Policy.parse("dense"), model.model.layers)
+    return model
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_a_packed_model_with_gates_computes_the_same(rank: int) -> None:
+    model = gated_model(rank)
+    one = IDS[:1, :1]
+    expected = [logits(model), logits(model, one)]
+    report = pack_linears(model, CPU)
+    assert report.formats == {"gated": 12}
+    assert isinstance(model.model.layers[0].self_attn.k_proj, GatedPart)
+    for found, reference in zip([logits(model), logits(model, one)], expected, strict=True):
+        assert float((found - reference).norm() / reference.norm()) < 0.01
+    gating = gating_of(model)
+    assert gating
+    gating.count()
+    logits(model, one)
+    assert 0.05 < sum(gating.sparsity().values()) / len(gating.sparsity()) < 0.95
+
+
+def test_gates_can_be_taken_out() -> None:
+    model = gated_model()
+    plain = logits(tiny_model().to(torch.bfloat16), IDS[:1, :1])
+    assert not torch.equal(logits(model, IDS[:1, :1]), plain)
+    remove(model)
+    assert gating_of(model) is None
+    assert torch.equal(logits(model, IDS[:1, :1]), plain)
+
+
+def test_input_major_is_the_same_matrix() -> None:
+    weight = torch.randn(13, 24).bfloat16()
+    stored = input_major(weight)
+    assert torch.equal(stored, weight)
+    assert stored.stride() == (1, 16)
+    assert is_input_major(stored)
+    assert not is_input_major(weight)
+    x, threshold = torch.randn(2, 24).bfloat16(), torch.rand(24)
+    expected = gated_linear(x, threshold, weight, None, None, None)
+    assert torch.allclose(gated_linear(x, threshold, stored, None, None, None), expected, atol=0.05)
+
+
+def test_a_converted_model_is_not_saved(tmp_path: Path) -> None:
+    model = pruned_model("2:4")
+    pack_linears(model, CPU)
+    with pytest.raises(RuntimeError, match="cannot be saved"):
+        model.save_pretrained(tmp_path / "out")
+
+
+def test_what_kernels_need() -> None:
+    with pytest.raises(EnvironmentFault, match="--device cuda"):
+        use_kernels(tiny_model().to(torch.bfloat16))
+    with pytest.raises(EnvironmentFault, match="--dtype bfloat16"):
+        use_kernels(tiny_model(), torch.device("cuda"))
+
+
+def operator_arguments() -> dict[str, tuple[Any, ...]]:
+    weight = (torch.randn(40, 64) * (torch.rand(40, 64) < 0.4)).bfloat16()
+    weight[:, ::2] = 0
+    packed = gaps.pack(weight, gaps.Shape(4, 2, 2))
+    x, bias = torch.randn(3, 64).bfloat16(), torch.randn(40).bfloat16()
+    gap = (packed.stream, packed.starts, packed.first)
+    return {
+        "sparse24_linear": (x, sparse24.pack(weight), bias, 40),
+        "gap_linear": (x, *gap, packed.order, bias, 40, 4, 2, packed.blocks, packed.reach),
+        "weight": (weight,),
+    }
+
+
+@pytest.mark.parametrize("name", ["sparse24_linear", "gap_linear"])
+def test_operators_keep_torchs_contract(name: str) -> None:
+    arguments = operator_arguments()
+    call = arguments[name]
+    operator = getattr(torch.ops.llmsqueeze, name)
+    torch.library.opcheck(operator, call)
+    expected = nn.functional.linear(
+        call[0], arguments["weight"][0], call[5 if name[0] == "g" else 2]
+    )
+    assert torch.equal(operator(*call), expected)
+    compiled = torch.compile(lambda x: operator(x, *call[1:]), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(call[0]), expected)
+
+
+def test_a_packed_model_compiles_whole() -> None:
+    model = pruned_model("50 %")
+    pack_linears(model, CPU)
+    expected = logits(model)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(IDS, use_cache=False).logits.float(), expected)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_decoding_is_that_of_generate(packed: bool) -> None:
+    model = pruned_model("50 %")
+    if packed:
+        pack_linears(model, CPU)
+    prompt = IDS[0]
+    expected = model.generate(prompt[None], max_new_tokens=9, do_sample=False, eos_token_id=None)[
+        0, len(prompt) :
+    ]
+    decoder = Decoder(model, 32)
+    for _ in range(2):  # a decoder serves one prompt after another
+        assert [int(token) for token in decoder.generate(prompt, 9)] == expected.tolist()
+    with pytest.raises(RecipeError, match="do not fit 32"):
+        next(decoder.generate(prompt, 27))
+
+
+def test_the_bench_needs_a_gpu(cli: Callable[..., Any], tiny: Callable[..., Path]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    for command in (["kernels"], ["model", tiny(), "--device", "cpu", "--prompt", 16]):
+        result = cli("bench", *command, "-q")
+        assert result.exit_code == 4
+        assert "needs a CUDA GPU" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["kernels", "--shapes", "4096"], "no positive number"),
+        (["kernels", "--shapes", "100x64"], "divisible by 16"),
+        (["kernels", "--tokens", "0"], "no positive number"),
+        (["model", "x", "--prompt", "3"], "at least 16"),
+    ],
+)
+def test_bad_requests(cli: Callable[..., Any], arguments: list[str], message: str) -> None:
+    result = cli("bench", *arguments)
+    assert result.exit_code == 2
+    assert message in result.stderr
