@@ -10,7 +10,7 @@ from llmsqueeze import _register
 from llmsqueeze._version import __version__
 from llmsqueeze.errors import LlmsqueezeError
 
-__all__ = ["LlmsqueezeError", "__version__", "kv_cache"]
+__all__ = ["LlmsqueezeError", "__version__", "kv_cache", "use_kernels"]
 
 
 def kv_cache(model: Any) -> Any:
@@ -22,6 +22,17 @@ def kv_cache(model: Any) -> Any:
     from llmsqueeze.runtime.kv_cache import attached_cache
 
     return attached_cache(model)
+
+
+def use_kernels(model: Any) -> Any:
+    """Let a model on a CUDA device compute with compressed weights: its linears are replaced, in place.
+
+    Returns what was done (runtime.linears.Report). EnvironmentFault on a CPU, and in float32. The model can
+    then be used, compiled and captured in CUDA graphs, but not be saved or trained.
+    """
+    from llmsqueeze.runtime.linears import use_kernels as replace
+
+    return replace(model)
 
 
 _register.install()

@@ -48,9 +48,18 @@ def kernels(console: Console, shapes: str, tokens: str) -> None:
 
     from llmsqueeze import bench as library
 
-    table = Table(
-        "rows × columns", "tokens", "kernel", "µs", "GB/s", "bits", "bound", "× dense", "of bound"
-    )
+    table = Table()
+    for name in (
+        "rows × columns",
+        "tokens",
+        "kernel",
+        "µs",
+        "GB/s",
+        "bound",
+        "× dense",
+        "of bound",
+    ):
+        table.add_column(name, no_wrap=True)
     found = []
     for row in library.table(sizes, counts):
         entry = library.as_json(row)
@@ -59,8 +68,8 @@ def kernels(console: Console, shapes: str, tokens: str) -> None:
             f"{row.rows} × {row.columns}, {row.tokens}: {row.kernel} {row.timing.median:.2f} µs"
         )
         table.add_row(
-            f"{row.rows} × {row.columns}", str(row.tokens), row.kernel, f"{row.timing.median:.2f}",
-            f"{row.gigabytes():.0f}", f"{row.bits:.2f}", f"{row.bound:.2f}", f"{row.speedup:.2f}",
+            f"{row.rows}×{row.columns}", str(row.tokens), row.kernel, f"{row.timing.median:.2f}",
+            f"{row.gigabytes():.0f}", f"{row.bound:.2f}", f"{row.speedup:.2f}",
             f"{row.speedup / row.bound:.0%}",
         )  # fmt: skip
     document = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": found}

@@ -225,6 +225,7 @@ def test_gated_kernels_find_the_product(rows: int, columns: int, dtype: torch.dt
         assert bool(y.isnan().all())  # it shows, whatever the threshold
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # inductor's own
 @pytest.mark.parametrize("kind", ["2:4", "0.5"])
 def test_a_model_on_kernels_decodes_in_a_graph(kind: str) -> None:
     from llmsqueeze.runtime.generate import Decoder
@@ -247,6 +248,7 @@ def test_a_model_on_kernels_decodes_in_a_graph(kind: str) -> None:
     assert plain[0] == dense[0] == compiled[0]
 
 
+@pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_a_first_call_within_a_capture_says_so() -> None:
     from llmsqueeze.errors import EnvironmentFault
     from llmsqueeze.ops import cuda

@@ -27,7 +27,7 @@ from llmsqueeze.numerics.kv_codecs import (
     Rotated,
     TokenCodec,
 )
-from llmsqueeze.runtime import load
+from llmsqueeze.runtime import load, turned
 from llmsqueeze.runtime.kv_cache import (
     LayerFormat,
     PackedLayer,
@@ -333,3 +333,44 @@ def test_eval_refuses_what_it_cannot_pack(cli: Any, tiny: Any) -> None:
     assert result.exit_code == 2 and "rotate:4" in result.stderr
     result = cli("eval", tiny("mistral"), "--kv-cache", "fp8", "--device", "cpu")
     assert result.exit_code == 2 and "full attention" in result.stderr
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_turned_values_give_what_values_turned_back_give(family: str, implementation: str) -> None:
+    """Whoever takes the cache's keys and values on the way to attention must not lose the mark."""
+    model = tiny_model(family, **({"sliding_window": None} if family == "mistral" else {}))
+    if implementation == "sdpa" and not model._supports_sdpa:
+        pytest.skip(f"{family} has eager attention only")
+    model.set_attn_implementation(implementation)
+    ids = torch.arange(3, 23).reshape(2, 10)
+    found = []
+    for plain in (False, True):
+        cache = packed_cache(model, parse_format("rotate:4"))
+        if plain:
+            model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            first = model(ids[:, :6], **cache_options(model, cache)).logits
+            rest = model(ids[:, 6:], **cache_options(model, cache)).logits
+        found.append(torch.cat([first, rest], dim=1))
+        packed = [layer for layer in cache.layers if isinstance(layer, PackedLayer)]
+        assert all(len(layer._marks) == (0 if plain else 2) for layer in packed)
+        assert all(mark.seen for layer in packed for mark in layer._marks)
+    assert torch.allclose(*found, rtol=1e-4, atol=1e-4)
+
+
+def test_a_lost_mark_is_not_passed_over() -> None:
+    layer = PackedLayer(parse_format("rotate:4"), config=tiny_model().config)
+    packed_cache(tiny_model(), parse_format("rotate:4"))
+    turned.accept(layer.config)
+    x = vectors(1, 2, 3, 16)
+    layer.update(x, x)
+    with pytest.raises(RuntimeError, match="set_attn_implementation"):
+        layer.update(x, x)
+
+
+def test_other_attention_gets_values_turned_back() -> None:
+    model = tiny_model()
+    model.config._attn_implementation = "flex_attention"
+    packed_cache(model, parse_format("rotate:4"))
+    assert model.config._attn_implementation == "flex_attention"

@@ -20,7 +20,7 @@ from llmsqueeze.numerics.codebook import (
     pack_codes,
 )
 from llmsqueeze.numerics.feedback import Feedback, round_with_feedback
-from llmsqueeze.numerics.hadamard import block_of, hadamard
+from llmsqueeze.numerics.hadamard import hadamard
 
 FP8_MAX = 448.0  # of e4m3
 TINY = float(torch.finfo(torch.float16).smallest_normal)
@@ -35,10 +35,16 @@ class Codec(Protocol):
     def pre_rope(self) -> bool:
         """Whether keys are coded as they are before the rotary embedding."""
 
+    @property
+    def turned(self) -> bool:
+        """Whether a Hadamard matrix turns vectors before they are coded."""
+
     def encode(self, x: Tensor) -> Parts: ...
 
-    def decode(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
-        """[batch, heads, tokens, width]; computed in fp32."""
+    def decode(
+        self, parts: Parts, width: int, dtype: torch.dtype, *, turn_back: bool = True
+    ) -> Tensor:
+        """[batch, heads, tokens, width]; computed in fp32. Without turn_back, turned vectors stay so."""
 
     def bits_per_element(self, heads: int, width: int) -> float:
         """Stored bits by entry, scales, outliers and padding included."""
@@ -53,6 +59,7 @@ class Identity:
 
     bits: int = 16
     pre_rope: bool = False
+    turned: bool = False
 
     def to(self, device: torch.device) -> Identity:
         return self
@@ -60,7 +67,9 @@ class Identity:
     def encode(self, x: Tensor) -> Parts:
         return (x,)
 
-    def decode(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
+    def decode(
+        self, parts: Parts, width: int, dtype: torch.dtype, *, turn_back: bool = True
+    ) -> Tensor:
         return parts[0].to(dtype)
 
     def bits_per_element(self, heads: int, width: int) -> float:
@@ -72,6 +81,7 @@ class Fp8:
     """e4m3, scaled by the largest magnitude of every token and head."""
 
     pre_rope: bool = False
+    turned: bool = False
 
     def to(self, device: torch.device) -> Fp8:
         return self
@@ -82,7 +92,9 @@ class Fp8:
         scale = (x.abs().amax(dim=-1, keepdim=True) / FP8_MAX).half().clamp_min(TINY)
         return (x / scale.float()).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
 
-    def decode(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
+    def decode(
+        self, parts: Parts, width: int, dtype: torch.dtype, *, turn_back: bool = True
+    ) -> Tensor:
         codes, scale = parts
         return (codes.float() * scale.float()).to(dtype)
 
@@ -139,6 +151,7 @@ class Rotated:
 
     bits: int
     pre_rope: bool = False
+    turned: bool = True
 
     def to(self, device: torch.device) -> Rotated:
         return self
@@ -153,10 +166,13 @@ class Rotated:
         scale = (turned * coded).sum(-1, keepdim=True) / coded.square().sum(-1, keepdim=True)
         return pack_codes(codes, self.bits), scale.half()
 
-    def decode(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
+    def decode(
+        self, parts: Parts, width: int, dtype: torch.dtype, *, turn_back: bool = True
+    ) -> Tensor:
         codes, scale = parts
         turned = normal_book(self.bits, codes.device).look_up(codes, width)
-        return hadamard(turned.mul_(scale.float())).to(dtype)
+        turned = turned.mul_(scale.float())
+        return (hadamard(turned) if turn_back else turned).to(dtype)
 
     def bits_per_element(self, heads: int, width: int) -> float:
         return _code_bits(width, self.bits) + 16 / width
@@ -177,6 +193,7 @@ class ChannelCodec:
     slots: int
     feedback: Feedback | None
     pre_rope: bool = True
+    turned: bool = False
 
     def to(self, device: torch.device) -> ChannelCodec:
         return replace(
@@ -203,7 +220,9 @@ class ChannelCodec:
             return (packed,)
         return packed, *_outlier_parts(x, self.book.values(codes) * scale + offset, outliers)
 
-    def decode(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
+    def decode(
+        self, parts: Parts, width: int, dtype: torch.dtype, *, turn_back: bool = True
+    ) -> Tensor:
         x = torch.addcmul(self.offset, self.book.look_up(parts[0], width), self.scale)
         return _add_outliers(x, parts[1:]).to(dtype)
 
@@ -215,8 +234,9 @@ class ChannelCodec:
 class TokenCodec:
     """Values, with an offset and a scale for every token (KVQuant, sections 3.1 to 3.3).
 
-    turned: whether a Hadamard matrix spreads every head's vector first. The scale is half the range that
-    the token's entries in all heads span, its outliers aside: no entry is clipped.
+    turned: whether a Hadamard matrix spreads every head's vector first; then the range is centred at zero,
+    and no offset is stored. The scale is half the range that the token's entries in all heads span, its
+    outliers aside: no entry is clipped.
     """
 
     book: Codebook
@@ -231,10 +251,11 @@ class TokenCodec:
         x, offset, scale, outliers = self.normalise(x)
         codes = self.book.nearest((x - offset.double()) / scale.double())
         packed = pack_codes(codes, self.book.bits)
+        parts = (packed, scale) if self.turned else (packed, offset, scale)
         if outliers is None:
-            return packed, offset, scale
+            return parts
         coded = self.book.values(codes) * scale.double() + offset.double()
-        return packed, offset, scale, *_outlier_parts(x, coded, outliers)
+        return *parts, *_outlier_parts(x, coded, outliers)
 
     def normalise(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x fp64, rotated if values are; every token's offset and scale, fp16; channels of its outliers."""
@@ -245,22 +266,26 @@ class TokenCodec:
             outliers = (x - middle).abs().topk(self.slots, dim=-1).indices
             low = x.scatter(-1, outliers, torch.inf)
             high = x.scatter(-1, outliers, -torch.inf)
-        offset, scale = span(low.amin((1, 3), keepdim=True), high.amax((1, 3), keepdim=True))
+        low, high = low.amin((1, 3), keepdim=True), high.amax((1, 3), keepdim=True)
+        if self.turned:
+            high = torch.maximum(high, -low)
+            low = -high
+        offset, scale = span(low, high)
         return x, offset, scale, outliers
 
-    def decode(self, parts: Parts, width: int, dtype: torch.dtype) -> Tensor:
-        packed, offset, scale = parts[:3]
-        x = self.book.look_up(packed, width)
-        if not self.turned or len(parts) > 3:
-            x = _add_outliers(torch.addcmul(offset.float(), x, scale.float()), parts[3:])
-            return (hadamard(x) if self.turned else x).to(dtype)
-        # A Hadamard matrix turns equal entries into one: scale and offset can wait until then.
-        x = hadamard(x).mul_(scale.float())
-        x[..., :: block_of(width)] += offset.float() * block_of(width) ** 0.5
-        return x.to(dtype)
+    def decode(
+        self, parts: Parts, width: int, dtype: torch.dtype, *, turn_back: bool = True
+    ) -> Tensor:
+        x = self.book.look_up(parts[0], width)
+        if self.turned:
+            x, rest = x.mul_(parts[1].float()), parts[2:]
+        else:
+            x, rest = torch.addcmul(parts[1].float(), x, parts[2].float()), parts[3:]
+        x = _add_outliers(x, rest)
+        return (hadamard(x) if self.turned and turn_back else x).to(dtype)
 
     def bits_per_element(self, heads: int, width: int) -> float:
-        shared = 32 / (heads * width)
+        shared = (16 if self.turned else 32) / (heads * width)
         return _code_bits(width, self.book.bits) + shared + _slot_bits(self.slots, width)
 
 

@@ -19,6 +19,7 @@ from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.kv_record import KvRecord
 from llmsqueeze.methods import CALIBRATED_KV, KV_BITS
 from llmsqueeze.numerics.feedback import Feedback
+from llmsqueeze.numerics.hadamard import hadamard
 from llmsqueeze.numerics.kv_codecs import (
     ChannelCodec,
     Codebook,
@@ -28,6 +29,7 @@ from llmsqueeze.numerics.kv_codecs import (
     TokenCodec,
 )
 from llmsqueeze.numerics.rope import rotate, unrotate
+from llmsqueeze.runtime import turned
 from llmsqueeze.runtime.positions import Positions, rope_of
 
 
@@ -91,13 +93,20 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformer
 
     It offers what DynamicLayer offers; `keys` and `values` hold the codes. positions: shared by the
     layers of a cache, needed for keys that are coded before the rotary embedding and for sinks; owner:
-    this is the layer that keeps them up to date, the first that is packed.
+    this is the layer that keeps them up to date, the first that is packed. config: of the model, whose
+    attention may compute with turned keys and values, see runtime.turned.
     """
 
     def __init__(
-        self, format: LayerFormat, positions: Positions | None = None, owner: bool = False
+        self,
+        format: LayerFormat,
+        positions: Positions | None = None,
+        owner: bool = False,
+        config: PretrainedConfig | None = None,
     ) -> None:
         super().__init__()
+        self.config = config
+        self._marks: list[turned.Mark] = []
         self.format = format
         self.positions = positions
         self.owner = owner
@@ -189,19 +198,30 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformer
         return sum(part.untyped_storage().nbytes() for part in held)
 
     def _read(self) -> tuple[Tensor, Tensor]:
+        if not all(mark.seen for mark in self._marks):
+            raise RuntimeError(
+                "this model's attention did not see that its keys or values are turned; choose another "
+                "with model.set_attn_implementation('sdpa') behind llmsqueeze.kv_cache(model)"
+            )
         keys_format, values_format = self.format.keys, self.format.values
         pre_rope = bool(keys_format.pre_rope and self.positions and self.positions.rope)
+        back = self.config is None or not turned.accepted(self.config)
         dtype = torch.float32 if pre_rope else self.dtype
-        keys = keys_format.decode(tuple(self._parts[0]), self.widths[0], dtype)
+        parts, widths = self._parts, self.widths
+        keys = keys_format.decode(tuple(parts[0]), widths[0], dtype, turn_back=back)
         if pre_rope:
             assert self.positions is not None
             keys = rotate(keys, *self.positions.all(self.dtype)).to(self.dtype)
-        values = values_format.decode(tuple(self._parts[1]), self.widths[1], self.dtype)
+        values = values_format.decode(tuple(parts[1]), widths[1], self.dtype, turn_back=back)
+        are_turned = [codec.turned and not back for codec in (keys_format, values_format)]
         if self.format.sinks:
             assert self.positions is not None
             rows, tokens, slots = self.positions.first(self.format.sinks)
-            for x, kept in zip((keys, values), self._sinks, strict=True):
-                x[rows, :, tokens] = kept[rows, :, slots].to(x.dtype)
+            for x, kept, turn in zip((keys, values), self._sinks, are_turned, strict=True):
+                exact = kept[rows, :, slots].to(x.dtype)
+                x[rows, :, tokens] = hadamard(exact) if turn else exact
+        pairs = zip((keys, values), are_turned, strict=True)
+        self._marks = [turned.mark(x) for x, turn in pairs if turn]
         return keys, values
 
     def _keep_sinks(self, keys: Tensor, values: Tensor) -> None:
@@ -273,7 +293,10 @@ def packed_cache(model: nn.Module, format: LayerFormat | Mapping[int, LayerForma
     if any(f.sinks or f.keys.pre_rope for f in formats.values()):
         positions = Positions(rope_of(model), "full_attention")
     for index in sorted(formats):
-        cache.layers[index] = PackedLayer(formats[index], positions, index == min(formats))
+        owner = index == min(formats)
+        cache.layers[index] = PackedLayer(formats[index], positions, owner, config)
+    if any(f.keys.turned or f.values.turned for f in formats.values()):
+        turned.accept(config)
     return cache
 
 

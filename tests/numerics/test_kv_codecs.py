@@ -133,10 +133,16 @@ def test_constant_channels_and_tokens_are_their_offset() -> None:
 def test_turned_values_decode_by_the_definition() -> None:
     values = vectors(2, 40, 24)
     codec = values_codec(values, 4, turned=True)
-    codes, offset, scale = codec.encode(values[None])
-    units = codec.book.values(unpack_codes(codes, 4, 24))
-    expected = hadamard(units * scale.double() + offset.double())[0]
+    codes, scale = codec.encode(values[None])
+    turned = codec.book.values(unpack_codes(codes, 4, 24)) * scale.double()
+    expected = hadamard(turned)[0]
     assert torch.allclose(read_back(codec, values).double(), expected, atol=1e-5)
+    kept = codec.decode((codes, scale), 24, torch.float32, turn_back=False)[0]
+    assert torch.allclose(kept.double(), turned[0], atol=1e-5)
+    # The range is centred at zero, holds every entry, and is no larger than that.
+    largest = hadamard(values.double()).abs().amax((0, 2))
+    assert torch.allclose(scale.double().flatten(), largest, rtol=3e-3)
+    assert bool((scale.double().flatten() >= largest).all())
 
 
 def test_values_share_one_range_in_all_heads() -> None:
