@@ -24,9 +24,11 @@ from llmsqueeze.command import (
     open_checkpoint,
     site_documents,
 )
+from llmsqueeze.doctor_command import doctor
 from llmsqueeze.eval_command import evaluate
 from llmsqueeze.prune_command import prune
 from llmsqueeze.quantize_kv_command import quantize_kv
+from llmsqueeze.run_command import run
 from llmsqueeze.sparsify_command import sparsify
 
 if TYPE_CHECKING:
@@ -58,8 +60,8 @@ def main() -> NoReturn:
 def cli() -> None:
     """Make language models smaller, and measure what it cost.
 
-    prune a checkpoint, sparsify its activations, quantize-kv its cache, eval what it lost, bench how fast
-    it is, inspect what is inside, convert between forms.
+    prune a checkpoint, sparsify its activations, quantize-kv its cache, eval what it lost, run it, bench
+    how fast it is, inspect what is inside, convert between forms; doctor looks at this machine.
     """
 
 
@@ -67,7 +69,9 @@ cli.add_command(prune)
 cli.add_command(sparsify)
 cli.add_command(quantize_kv)
 cli.add_command(evaluate)
+cli.add_command(run)
 cli.add_command(bench)
+cli.add_command(doctor)
 
 
 @cli.command(

@@ -52,6 +52,11 @@ class Console:
         for table in tables:
             out.print(table)
 
+    def stream(self, text: str) -> None:
+        """A piece of the outcome as it comes, with nothing added; not with --json."""
+        if not self.json:
+            print(text, end="", flush=True)
+
     @contextlib.contextmanager
     def steps(self) -> Iterator[Callable[[str, int, int, str], None]]:
         """Progress as (what, done, total, detail): a bar with ETA on a terminal, else a line per step."""

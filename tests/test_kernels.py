@@ -7,14 +7,14 @@ import re
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from llmsqueeze.errors import EnvironmentFault
-from llmsqueeze.numerics import gaps, sparse24
+from llmsqueeze.numerics import sparse24
 from llmsqueeze.ops import cuda, kernels
+from llmsqueeze.ops.variants import all_variants, warm
 
 pytest.importorskip("cuda.core", reason="compiles with cuda-core and NVRTC")
 
@@ -28,37 +28,6 @@ EXPECTED = {
     "sparse24_expand": (r"LDG\.E\.128", r"STG\.E\.64"),
     "gaps_expand": (r"LDG\.E\.128", r"STS\.U16", r"STG\.E\.128"),
 }
-Variant = tuple[str, tuple[tuple[str, int], ...]]
-
-
-def variants(arch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> list[Variant]:
-    """What the launcher asks for, over shapes and numbers of tokens."""
-    found: set[Variant] = set()
-
-    def launch(name: str, macros: dict[str, int], *_: Any, **__: Any) -> None:
-        found.add((name, tuple(sorted(macros.items()))))
-
-    monkeypatch.setattr(cuda, "launch", launch)
-    monkeypatch.setattr(cuda, "is_hopper", lambda _: int(arch[3:]) >= 90)
-    monkeypatch.setattr(cuda, "architecture", lambda _: (arch, 132))
-    monkeypatch.setattr(cuda, "most_shared", lambda _: 95_000)
-    for rows in (64, 9000):
-        stream = torch.zeros(-(-rows // 16), 1, 9, 32, 4, dtype=torch.int32)
-        for tokens in (1, 8, 16, 32, 64, 65):
-            kernels.sparse24_linear(torch.zeros(tokens, 256, dtype=dtype), stream, None, rows)
-    for bits in (3, 4):
-        for parts in (1, 2):
-            packed = gaps.pack(torch.zeros(32, 64, dtype=dtype), gaps.Shape(bits, parts, 1))
-            for tokens in (1, 2, 4, 8, 9):
-                kernels.gap_linear(
-                    torch.zeros(tokens, 64, dtype=dtype), packed.stream, packed.starts, packed.first,
-                    None, None, 32, bits, parts, packed.blocks, packed.reach,
-                )  # fmt: skip
-    for rows, columns in ((64, 4096), (9000, 4096), (20_000, 4096), (64, 14_336), (1000, 576)):
-        weight = torch.empty(columns, rows, dtype=dtype, device="meta").t()  # only strides count
-        x = torch.zeros(1, columns, dtype=dtype)
-        kernels.gated_linear(x, torch.zeros(columns), weight, None, None, None)
-    return sorted(found)
 
 
 def disassemble(code: bytes, path: Path) -> str:
@@ -73,10 +42,8 @@ def disassemble(code: bytes, path: Path) -> str:
     ("arch", "dtype"),
     [*((arch, torch.bfloat16) for arch in ARCHITECTURES), ("sm_89", torch.float16)],
 )
-def test_every_variant_compiles(
-    arch: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    found = variants(arch, dtype, monkeypatch)
+def test_every_variant_compiles(arch: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    found = all_variants(arch, dtype)
     assert {name for name, _ in found} == set(EXPECTED)
 
     def make(index: int) -> str:
@@ -127,3 +94,19 @@ def test_what_kernels_refuse() -> None:
     plain = torch.zeros(16, 256, dtype=torch.bfloat16)
     with pytest.raises(EnvironmentFault, match="input-major"):
         kernels.gated_linear(plain[:1], torch.zeros(256), plain, None, None, None)
+
+
+def test_warming_compiles_all_and_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LLMSQUEEZE_CACHE_DIR", str(tmp_path))
+    compiled = []
+    monkeypatch.setattr(cuda, "compile_cubin", lambda *given: compiled.append(given) or b"code")
+    count = warm("sm_90")
+    assert count == len(compiled) == len(list((tmp_path / "kernels").iterdir())) > 40
+    assert warm("sm_90") == count == len(compiled)
+
+
+def test_recording_ends() -> None:
+    with pytest.raises(ZeroDivisionError), cuda.recording("sm_90"):
+        assert cuda.architecture(5) == ("sm_90", 132)
+        raise ZeroDivisionError
+    assert cuda._recording is None

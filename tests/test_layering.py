@@ -62,6 +62,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "evaluate": ("device", "errors"),
     "dense_gemv": (),
+    "doctor": ("numerics", "ops", "errors"),
     "bench": ("dense_gemv", "numerics", "ops", "errors"),
     "bench_model": ("bench", "checkpoint", "evaluate", "runtime", "errors"),
     "passkey": ("device", "evaluate", "errors"),
@@ -74,10 +75,12 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # What talks to people: only its own modules may use it.
 COMMANDS = (
     "bench_command",
-    "prune_command",
-    "sparsify_command",
-    "quantize_kv_command",
+    "doctor_command",
     "eval_command",
+    "prune_command",
+    "quantize_kv_command",
+    "run_command",
+    "sparsify_command",
 )
 SKIN = ("cli", "command", "console", "__main__", *COMMANDS)
 

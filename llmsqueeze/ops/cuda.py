@@ -5,13 +5,15 @@ The only module that imports cuda.core.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import importlib.resources
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,30 @@ from torch import Tensor
 from llmsqueeze.errors import EnvironmentFault
 
 Macros = Mapping[str, int]
+# A kernel's name and its macros in alphabetical order.
+Variant = tuple[str, tuple[tuple[str, int], ...]]
+# Shared memory of a block on GPUs whose launches are recorded.
+_SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_120": 99}  # KiB
+
+
+@dataclass
+class _Recording:
+    arch: str
+    variants: set[Variant] = field(default_factory=set)
+
+
+_recording: _Recording | None = None
+
+
+@contextlib.contextmanager
+def recording(arch: str) -> Iterator[set[Variant]]:
+    """While this lasts nothing is launched: what would be, on a GPU of this architecture, is noted."""
+    global _recording
+    _recording = _Recording(arch)
+    try:
+        yield _recording.variants
+    finally:
+        _recording = None
 
 
 def cubin_folder() -> Path:
@@ -59,7 +85,7 @@ def compile_cubin(name: str, macros: Macros, arch: str) -> bytes:
 
 def cubin(name: str, macros: Macros, arch: str) -> bytes:
     """compile_cubin, from disk if the same was compiled before by the same compiler."""
-    versions = _compiler()
+    versions = compiler()
     text = "\0".join((source(name), repr(sorted(macros.items())), arch, versions))
     path = cubin_folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
     try:
@@ -76,7 +102,8 @@ def cubin(name: str, macros: Macros, arch: str) -> bytes:
 
 
 @functools.cache
-def _compiler() -> str:
+def compiler() -> str:
+    """Versions of what compiles kernels; EnvironmentFault if it is not installed."""
     try:
         import cuda.core
         from cuda.bindings import nvrtc
@@ -87,9 +114,13 @@ def _compiler() -> str:
     return f"cuda.core {cuda.core.__version__}, nvrtc {nvrtc.nvrtcVersion()}"
 
 
-@functools.cache
 def architecture(index: int) -> tuple[str, int]:
     """A device's architecture, and how many multiprocessors it has."""
+    return (_recording.arch, 132) if _recording else _architecture(index)
+
+
+@functools.cache
+def _architecture(index: int) -> tuple[str, int]:
     found = torch.cuda.get_device_properties(index)
     return f"sm_{found.major}{found.minor}", found.multi_processor_count
 
@@ -99,9 +130,15 @@ def is_hopper(index: int) -> bool:
     return int(architecture(index)[0][3:]) >= 90
 
 
-@functools.cache
 def most_shared(index: int) -> int:
     """Bytes of dynamic shared memory that a block may have; 4 KB are left for what kernels declare."""
+    if _recording:
+        return _SHARED.get(_recording.arch, 99) * 1024 - 4096
+    return _most_shared(index)
+
+
+@functools.cache
+def _most_shared(index: int) -> int:
     return torch.cuda.get_device_properties(index).shared_memory_per_block_optin - 4096
 
 
@@ -162,6 +199,9 @@ def launch(
     arguments: tensors, None for a null pointer, and numbers that are passed as 32-bit integers. shared:
     bytes of dynamic shared memory.
     """
+    if _recording:
+        _recording.variants.add((name, tuple(sorted(macros.items()))))
+        return
     from cuda.core import launch as start
 
     index = like.device.index

@@ -1,0 +1,56 @@
+"""Which variants of the kernels there are: for compiling them before they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from llmsqueeze.numerics import gaps
+from llmsqueeze.ops import cuda, kernels
+
+# A shape of each kind that a launcher tells apart.
+_TOKENS = (1, 2, 4, 8, 16, 32, 64, 65)
+_ROWS = (64, 9000)
+_GATED = ((64, 4096), (9000, 4096), (20_000, 4096), (64, 14_336), (1000, 576))
+
+
+def all_variants(arch: str, dtype: torch.dtype) -> list[cuda.Variant]:
+    """What launches on a GPU of this architecture ask for, over shapes and numbers of tokens.
+
+    Layers of other widths than 576, 4096 and 14336 may need another variant behind a gate.
+    """
+    with cuda.recording(arch) as found:
+        for rows in _ROWS:
+            stream = torch.zeros(-(-rows // 16), 1, 9, 32, 4, dtype=torch.int32)
+            for tokens in _TOKENS:
+                kernels.sparse24_linear(torch.zeros(tokens, 256, dtype=dtype), stream, None, rows)
+        for bits in (3, 4):
+            for parts in (1, 2):
+                packed = gaps.pack(torch.zeros(32, 64, dtype=dtype), gaps.Shape(bits, parts, 1))
+                for tokens in _TOKENS:
+                    kernels.gap_linear(
+                        torch.zeros(tokens, 64, dtype=dtype), packed.stream, packed.starts,
+                        packed.first, None, None, 32, bits, parts, packed.blocks, packed.reach,
+                    )  # fmt: skip
+        for rows, columns in _GATED:
+            weight = torch.empty(columns, rows, dtype=dtype, device="meta").t()  # strides count
+            x = torch.zeros(1, columns, dtype=dtype)
+            kernels.gated_linear(x, torch.zeros(columns), weight, None, None, None)
+        return sorted(found)
+
+
+def warm(
+    arch: str,
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16),
+    on_kernel: Callable[[int, int], None] = lambda done, total: None,
+) -> int:
+    """Compile every variant that is not in the cache yet; how many there are. Needs no GPU."""
+    found = sorted({variant for dtype in dtypes for variant in all_variants(arch, dtype)})
+    with ThreadPoolExecutor() as pool:
+        jobs = [pool.submit(cuda.cubin, name, dict(macros), arch) for name, macros in found]
+        for done, job in enumerate(jobs):
+            job.result()
+            on_kernel(done + 1, len(found))
+    return len(found)

@@ -1,0 +1,146 @@
+"""`llmsqueeze run`: text from a checkpoint, as it is decoded."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmsqueeze.command import (
+    CHECKPOINT_HELP,
+    checkpoint_options,
+    common,
+    device_option,
+    open_checkpoint,
+)
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.recipe import DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from llmsqueeze.console import Console
+
+
+@click.command(
+    help=f"""Let CHECKPOINT go on from PROMPT, greedily; without PROMPT, from what stdin says.
+
+{CHECKPOINT_HELP}
+
+A model with a chat template is asked as a user would ask it; --raw continues the text as it stands. On a GPU
+in 16 bits compressed weights are computed with as they are. A checkpoint's KV-cache format and activation
+thresholds are used as stored.
+"""
+)
+@click.argument("checkpoint")
+@click.argument("prompt", required=False)
+@click.option("--tokens", type=int, default=128, show_default=True, help="At most so many.")
+@click.option("--raw", is_flag=True, help="No chat template.")
+@click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
+              help="Precision; auto: the checkpoint's on a GPU, float32 on a CPU.")  # fmt: skip
+@device_option
+@checkpoint_options
+@common
+def run(
+    console: Console, checkpoint: str, prompt: str | None, tokens: int, raw: bool, dtype: str, device: str,
+    offline: bool, cache_dir: Path,
+) -> None:  # fmt: skip
+    if tokens < 1:
+        raise RecipeError(f"--tokens {tokens}: at least one token is needed")
+    text = sys.stdin.read() if prompt is None else prompt
+    if not text.strip():
+        raise RecipeError("the prompt is empty; give one, or pipe it in")
+
+    import torch
+
+    from llmsqueeze.data import load_tokenizer
+    from llmsqueeze.device import choose_device, evaluation_dtype
+    from llmsqueeze.runtime import load
+
+    where = choose_device(device)
+    opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
+    tokenizer = load_tokenizer(opened.path)
+    ids = _encode(tokenizer, text, raw)
+    room = opened.config.get("max_position_embeddings")
+    if isinstance(room, int) and len(ids) + tokens > room:
+        raise RecipeError(
+            f"{len(ids)} tokens of prompt and --tokens {tokens} are more than the {room} of {name}"
+        )
+    precision = evaluation_dtype(dtype, opened.dtype, where)
+    half = precision in (torch.bfloat16, torch.float16)
+    model = load(opened, precision, where, kernels=where.type == "cuda" and half)
+    ends = _ends(model, tokenizer)
+    found: list[int] = []
+    shown = ""
+    began = time.perf_counter()
+    first = began
+    for token in _tokens(model, ids, tokens, packed=opened.kv_cache is not None):
+        if not found:
+            first = time.perf_counter()
+        if token in ends:
+            break
+        found.append(token)
+        whole = tokenizer.decode(found, skip_special_tokens=True)
+        # The last character may be half there.
+        if not whole.endswith("\ufffd"):
+            console.stream(whole[len(shown) :])
+            shown = whole
+    whole = tokenizer.decode(found, skip_special_tokens=True)
+    console.stream(whole[len(shown) :] + "\n")
+    seconds = time.perf_counter() - first
+    speed = (len(found) - 1) / seconds if len(found) > 1 and seconds > 0 else None
+    if speed:
+        console.note(f"{len(found)} tokens, {speed:.1f} a second; prompt {first - began:.2f} s")
+    console.result(
+        {
+            "checkpoint": name, "prompt_tokens": len(ids), "text": whole, "tokens": len(found),
+            "tokens_per_second": speed, "dtype": str(precision).removeprefix("torch."),
+            "device": str(where),
+        }
+    )  # fmt: skip
+
+
+def _encode(tokenizer: Any, text: str, raw: bool) -> Tensor:
+    """[tokens] of the prompt, in the model's chat template if it has one and raw does not forbid it."""
+    import torch
+
+    if not raw and getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(text)["input_ids"]
+    if not ids:
+        raise RecipeError("the prompt has no tokens")
+    return torch.tensor(ids)
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """Tokens that end an answer."""
+    named = [model.generation_config.eos_token_id, tokenizer.eos_token_id]
+    flat = [token for entry in named for token in (entry if isinstance(entry, list) else [entry])]
+    return {token for token in flat if token is not None}
+
+
+def _tokens(model: Any, ids: Tensor, count: int, *, packed: bool) -> Iterator[int]:
+    """Greedy tokens; packed: through the quantised KV cache of the checkpoint."""
+    import torch
+
+    from llmsqueeze.evaluate import cache_options
+    from llmsqueeze.runtime.generate import Decoder
+    from llmsqueeze.runtime.kv_cache import attached_cache
+
+    if not packed:
+        yield from map(int, Decoder(model, len(ids) + count).generate(ids, count))
+        return
+    options = cache_options(model, attached_cache(model))
+    step = ids[None].to(next(model.parameters()).device)
+    for _ in range(count):
+        with torch.no_grad():
+            step = model(step, **options, logits_to_keep=1).logits[:, -1:].argmax(-1)
+        yield int(step)

@@ -1,0 +1,147 @@
+"""`llmsqueeze run` and `llmsqueeze doctor`, as their users call them."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llmsqueeze import doctor
+from llmsqueeze.ops import cuda
+
+Cli = Callable[..., Any]
+Tiny = Callable[..., Path]
+
+
+def expected(path: Path, prompt: str, tokens: int) -> tuple[list[int], str]:
+    """By transformers alone, up to where the model ends."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    found = model.generate(ids, max_new_tokens=tokens, do_sample=False)[0, ids.shape[1] :].tolist()
+    if found and found[-1] == model.generation_config.eos_token_id:
+        found.pop()
+    return found, tokenizer.decode(found, skip_special_tokens=True)
+
+
+def test_it_goes_on_as_transformers_does(cli: Cli, tiny: Tiny) -> None:
+    path = tiny("llama", "float32")
+    found, text = expected(path, "line 3 squares", 12)
+    result = cli("run", path, "line 3 squares", "--tokens", 12, "--device", "cpu", "-q")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == text + "\n"
+    result = cli("run", path, "line 3 squares", "--tokens", 12, "--device", "cpu", "-q", "--json")
+    document = json.loads(result.stdout)
+    assert document["text"] == text
+    assert document["tokens"] == len(found)
+
+
+def test_it_stops_where_the_model_ends(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
+    path = tiny("llama", "float32")
+    found, _ = expected(path, "line", 12)
+    other = tmp_path / "ends"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    model.generation_config.eos_token_id = [2, found[4]]
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(path).save_pretrained(other)
+    result = cli("run", other, "line", "--tokens", 12, "--device", "cpu", "-q", "--json")
+    assert json.loads(result.stdout)["tokens"] == found.index(found[4])
+
+
+def test_a_chat_template_is_used_unless_raw(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
+    path = tmp_path / "chat"
+    AutoModelForCausalLM.from_pretrained(tiny()).save_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny())
+    tokenizer.chat_template = "{% for m in messages %}Q:{{ m.content }}{% endfor %} A:"
+    tokenizer.save_pretrained(path)
+    counts = {}
+    for flags in ((), ("--raw",)):
+        result = cli("run", path, "hello", *flags, "--tokens", 2, "--device", "cpu", "-q", "--json")
+        assert result.exit_code == 0, result.stderr
+        counts[flags] = json.loads(result.stdout)["prompt_tokens"]
+    assert counts == {(): len("Q:hello A:"), ("--raw",): len("hello")}
+
+
+def test_a_quantised_cache_is_used(
+    cli: Cli, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "kv"
+    made = cli("quantize-kv", tiny(), "-o", out, "--method", "fp8", "-q")
+    assert made.exit_code == 0, made.stderr
+    from llmsqueeze.runtime import kv_cache
+
+    calls: list[Any] = []
+    own = kv_cache.attached_cache
+    monkeypatch.setattr(kv_cache, "attached_cache", lambda m: calls.append(m) or own(m))
+    result = cli("run", out, "line", "--tokens", 5, "--device", "cpu", "-q", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert len(calls) == 1
+
+
+def test_the_prompt_can_be_piped_in(cli: Cli, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--tokens", 3, "--device", "cpu", "-q"]
+    given = cli("run", tiny(), "line 4", *options).stdout
+    monkeypatch.setattr("sys.stdin", io.StringIO("line 4"))
+    assert cli("run", tiny(), *options).stdout == given
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["line", "--tokens", 0], "at least one token"),
+        (["  "], "prompt is empty"),
+        (["line", "--tokens", 64], "more than the 64"),
+    ],
+)
+def test_bad_requests(cli: Cli, tiny: Tiny, arguments: list[Any], message: str) -> None:
+    result = cli("run", tiny(), *arguments, "--device", "cpu")
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_doctor_says_what_is_there(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LLMSQUEEZE_CACHE_DIR", str(tmp_path))
+    result = cli("doctor", "--json", "-q")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    assert document["versions"]["torch"] == torch.__version__
+    on_cpu = [check for check in document["checks"] if check["device"] == "cpu"]
+    assert {check["operator"] for check in on_cpu} == {
+        "sparse24_linear",
+        "gap_linear",
+        "gated_linear",
+    }
+    assert all(0 < check["error"] < doctor.TOLERANCE for check in document["checks"])
+    assert len(document["gpus"]) == torch.cuda.device_count()
+    people = cli("doctor", "-q")
+    assert people.exit_code == 0
+    assert "right, off by" in people.stdout
+
+
+def test_doctor_does_not_pass_over_a_wrong_result(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "TOLERANCE", 1e-9)
+    result = cli("doctor", "--json", "-q")
+    assert result.exit_code == 4
+    assert "computes wrong on cpu" in json.loads(result.stdout)["error"]
+
+
+def test_doctor_warms_for_a_gpu_that_is_not_here(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pytest.importorskip("cuda.core")
+    monkeypatch.setenv("LLMSQUEEZE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(cuda, "compile_cubin", lambda *_: b"code")
+    document = json.loads(cli("doctor", "--warm", "--arch", "sm_80", "--json", "-q").stdout)
+    assert document["kernels"]["warmed"] == document["kernels"]["compiled"] > 40
+    for wrong in (["--arch", "sm_90"], ["--warm", "--arch", "hopper"]):
+        assert cli("doctor", *wrong).exit_code == 2
