@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from llmsqueeze.errors import EnvironmentFault
-from llmsqueeze.numerics import sparse24
+from llmsqueeze.numerics import gaps, sparse24
 from llmsqueeze.ops import cuda, kernels
 from llmsqueeze.ops.variants import all_variants, warm
 
@@ -110,3 +110,31 @@ def test_recording_ends() -> None:
         assert cuda.architecture(5) == ("sm_90", 132)
         raise ZeroDivisionError
     assert cuda._recording is None
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+def test_many_tokens_are_multiplied_by_expanded_weights(
+    monkeypatch: pytest.MonkeyPatch, ragged: bool
+) -> None:
+    """Panels, the order of rows and the bias, with a reference in the place of the expanding kernel."""
+    rows, columns = 200, 64
+    density = torch.linspace(0, 1, rows)[torch.randperm(rows)][:, None] if ragged else 0.5
+    weight = (torch.randn(rows, columns) * (torch.rand(rows, columns) < density)).bfloat16()
+    packed = gaps.pack(weight, gaps.Shape(3, 2, 1))
+    order = packed.order if ragged else None
+    dense = weight[packed.order.clamp_min(0).long()] * (packed.order >= 0)[:, None]
+
+    def expand(*given: object) -> torch.Tensor:
+        begin, end = given[-2:]
+        return dense[begin:end]
+
+    monkeypatch.setattr(kernels, "_expand_gaps", expand)
+    monkeypatch.setattr(kernels, "PANEL", 64 * 2 * columns)
+    monkeypatch.setattr(cuda, "most_shared", lambda _: 100_000)
+    x, bias = torch.randn(9, columns).bfloat16(), torch.randn(rows).bfloat16()
+    for given in (None, bias):
+        y = kernels.gap_linear(
+            x, packed.stream, packed.starts, packed.first, order, given, rows, 3, 2, packed.blocks,
+            packed.reach,
+        )  # fmt: skip
+        assert torch.equal(y, torch.nn.functional.linear(x, weight, given))

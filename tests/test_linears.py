@@ -21,6 +21,7 @@ from llmsqueeze.runtime.linears import (
     GapLinear,
     GatedPart,
     Sparse24Linear,
+    _check,
     pack_linears,
     use_kernels,
 )
@@ -178,9 +179,11 @@ def test_a_converted_model_is_not_saved(tmp_path: Path) -> None:
 
 def test_what_kernels_need() -> None:
     with pytest.raises(EnvironmentFault, match="--device cuda"):
-        use_kernels(tiny_model().to(torch.bfloat16))
+        use_kernels(pruned_model("2:4"))
     with pytest.raises(EnvironmentFault, match="--dtype bfloat16"):
-        use_kernels(tiny_model(), torch.device("cuda"))
+        _check(torch.float32, torch.device("cuda"))
+    # A model with nothing to compress asks for nothing.
+    assert not use_kernels(tiny_model()).formats
 
 
 def operator_arguments() -> dict[str, tuple[Any, ...]]:

@@ -109,7 +109,8 @@ def compiler() -> str:
         from cuda.bindings import nvrtc
     except ImportError as error:
         raise EnvironmentFault(
-            "CUDA kernels need the package cuda-core; run: pip install 'llmsqueeze[cuda]'"
+            "CUDA kernels need the package cuda-core; run: pip install 'llmsqueeze[cuda]', "
+            "or use --backend reference"
         ) from error
     return f"cuda.core {cuda.core.__version__}, nvrtc {nvrtc.nvrtcVersion()}"
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.ops import cuda
@@ -28,10 +28,12 @@ _ALL, _STAGE = 112 * 1024, 48 * 1024
 
 
 def sparse24_linear(x: Tensor, stream: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    x, tokens, columns = _matrix(x)
+    x, tokens, columns = _matrix(x, 8)
     if tokens > SPARSE24_TOKENS:
         return _expanded(x, bias, rows, functools.partial(_expand_sparse24, stream, columns))
     y = x.new_empty(*x.shape[:-1], rows)
+    if not tokens:
+        return y
     chunks = stream.shape[1]
     tiles = next(n for n in (1, 2, 4, 8) if tokens <= 8 * n)
     if tokens <= 4 and chunks * 512 * tokens <= _ALL:
@@ -60,7 +62,7 @@ def gap_linear(
     x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
     rows: int, bits: int, parts: int, blocks: int, reach: int,
 ) -> Tensor:  # fmt: skip
-    x, tokens, columns = _matrix(x)
+    x, tokens, columns = _matrix(x, 8)
     slices, warps = starts.shape[:2]
     # What a launch can hold of x; wide layers take fewer tokens at a time.
     most = GAP_TOKENS
@@ -68,11 +70,11 @@ def gap_linear(
         most //= 2
     if tokens > GAP_TOKENS:
         expand = functools.partial(_expand_gaps, stream, starts, first, bits, parts, columns)
-        y = _expanded(x, None, slices * (32 // parts), expand)
-        y = y[..., :rows]
-        if order is not None:
-            y = torch.empty_like(y).index_copy_(-1, order[:rows].long(), y)
-        return y if bias is None else y + bias
+        places = slices * (32 // parts)
+        if bias is not None:  # in the order of the places: added before the result is rounded
+            bias = pad(bias, (0, places - rows)) if order is None else bias[order.clamp_min(0)]
+        y = _expanded(x, bias, places, expand)[..., :rows]
+        return y if order is None else torch.empty_like(y).index_copy_(-1, order[:rows].long(), y)
     y = x.new_empty(*x.shape[:-1], rows)
     given, found = x.view(tokens, columns), y.view(tokens, rows)
     for begin in range(0, tokens, most):
@@ -97,11 +99,15 @@ def gated_linear(
     down: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """weight: [rows, columns] as a view of an input-major matrix, see input_major."""
-    x, tokens, columns = _matrix(x)
+    if weight.shape[1] % 2:
+        threshold = pad(threshold, (0, 1), value=torch.inf)
+    x, tokens, columns = _matrix(x, 2)
     rows = weight.shape[0]
     if weight.stride(0) != 1 or weight.stride(1) % 8:
         raise EnvironmentFault("gated_linear: on CUDA weights must be input-major: ops.input_major")
     y = x.new_empty(*x.shape[:-1], rows)
+    if not tokens:
+        return y
     clusters = cuda.is_hopper(x.device.index)
     warps, tile, cluster, depth = gated_shape(
         rows, columns, cuda.architecture(x.device.index)[1], clusters
@@ -119,8 +125,8 @@ def gated_linear(
         shared=8 * share + 4 * warps * tile, cluster=cluster,
     )  # fmt: skip
     if up is not None and down is not None:
-        kept = torch.ops.llmsqueeze.gate(x, threshold)
-        y = y + (x - kept) @ down.t() @ up.t()
+        dropped = x - torch.ops.llmsqueeze.gate(x, threshold)
+        y = y + dropped[..., : weight.shape[1]] @ down.t() @ up.t()
     return y
 
 
@@ -147,12 +153,18 @@ def _column_bytes(tokens: int) -> int:
     return 4 if tokens <= 2 else 2 * tokens
 
 
-def _matrix(x: Tensor) -> tuple[Tensor, int, int]:
+def _matrix(x: Tensor, multiple: int) -> tuple[Tensor, int, int]:
+    """x as kernels read it, its tokens and columns: those filled up with zeros, aligned to 16 bytes."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise EnvironmentFault(
             f"CUDA kernels compute in bfloat16 or float16, not {x.dtype}; choose --dtype bfloat16"
         )
-    return x.contiguous(), x[..., 0].numel(), x.shape[-1]
+    if x.shape[-1] % multiple:
+        x = pad(x, (0, -x.shape[-1] % multiple))
+    x = x.contiguous()
+    if x.data_ptr() % 16:  # a view into something larger
+        x = x.clone()
+    return x, x.numel() // x.shape[-1], x.shape[-1]
 
 
 def _half(x: Tensor) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,14 +179,20 @@ def use_kernels(model: nn.Module, device: torch.device | None = None) -> Report:
 
     Raises EnvironmentFault on a CPU, and in a dtype that kernels do not compute in.
     """
-    where = device or next(model.parameters()).device
-    _check(next(model.parameters()).dtype, where)
-    return pack_linears(model, where)
+    return pack_linears(model, device or next(model.parameters()).device, check=_check)
 
 
 @torch.no_grad()
-def pack_linears(model: nn.Module, device: torch.device) -> Report:
-    """use_kernels() without asking whether there are kernels: on a CPU operators run their reference."""
+def pack_linears(
+    model: nn.Module,
+    device: torch.device,
+    *,
+    check: Callable[[torch.dtype, torch.device], None] = lambda dtype, device: None,
+) -> Report:
+    """use_kernels() without asking whether there are kernels: on a CPU operators run their reference.
+
+    check: called before a linear is replaced, if any is.
+    """
     begun = time.perf_counter()
     report = Report()
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -194,45 +200,40 @@ def pack_linears(model: nn.Module, device: torch.device) -> Report:
     for owner in owners:
         for names in _groups(owner, head):
             linears = [getattr(owner, name) for name in names]
-            _replace(owner, names, linears, device, report)
+            weight = torch.cat([linear.weight.to(device) for linear in linears])
+            dense = weight.count_nonzero() > (1 - LEAST_SPARSITY) * weight.numel()
+            if dense and not isinstance(linears[0], GatedLinear):
+                continue
+            check(weight.dtype, device)
+            parts = _pack(linears, weight, report)
+            for name, part in zip(names, parts, strict=True):
+                setattr(owner, name, part)
     report.seconds = time.perf_counter() - begun
     return report
 
 
-def _replace(
-    owner: nn.Module,
-    names: tuple[str, ...],
-    linears: list[nn.Linear],
-    device: torch.device,
-    report: Report,
-) -> None:
-    weight = torch.cat([linear.weight.to(device) for linear in linears])
+def _pack(linears: list[nn.Linear], weight: Tensor, report: Report) -> list[nn.Module]:
+    """What stands in for linears of one input. weight: of all of them, where it is to live."""
     bias = None
     if linears[0].bias is not None:
-        bias = torch.cat([linear.bias.to(device) for linear in linears])
-    parts: list[nn.Module] = []
+        bias = torch.cat([linear.bias.to(weight.device) for linear in linears])
     ends = list(itertools.accumulate(linear.out_features for linear in linears))
+    starts = [end - linear.out_features for linear, end in zip(linears, ends, strict=True)]
+    spans = list(zip(linears, starts, ends, strict=True))
     if isinstance(linears[0], GatedLinear):
         ups = [linear.up for linear in linears]
-        up = None if ups[0] is None else torch.cat([up.to(device) for up in ups])
-        fused = Fused(GatedProduct(linears[0].gate.to(device), input_major(weight), bias, up))
-        for linear, end in zip(linears, ends, strict=True):
-            parts.append(GatedPart(fused, linear, end - linear.out_features, end))
-        report.add("gated", len(names), weight, fused.product)
-    elif weight.count_nonzero() > (1 - LEAST_SPARSITY) * weight.numel():
-        return
-    else:
-        packed = (Sparse24Linear if sparse24.fits(weight) else GapLinear)(weight, bias)
-        report.add("2:4" if type(packed) is Sparse24Linear else "gaps", len(names), weight, packed)
-        if len(names) == 1:
-            parts = [packed]
-        else:
-            fused = Fused(packed)
-            for linear, end in zip(linears, ends, strict=True):
-                begin = end - linear.out_features
-                parts.append(FusedPart(fused, begin, end, last=end == ends[-1]))
-    for name, part in zip(names, parts, strict=True):
-        setattr(owner, name, part)
+        up = None if ups[0] is None else torch.cat([up.to(weight.device) for up in ups])
+        gate = linears[0].gate.to(weight.device)
+        fused = Fused(GatedProduct(gate, input_major(weight), bias, up))
+        report.add("gated", len(linears), weight, fused.product)
+        return [GatedPart(fused, *span) for span in spans]
+    packed = (Sparse24Linear if sparse24.fits(weight) else GapLinear)(weight, bias)
+    format = "2:4" if type(packed) is Sparse24Linear else "gaps"
+    report.add(format, len(linears), weight, packed)
+    if len(linears) == 1:
+        return [packed]
+    fused = Fused(packed)
+    return [FusedPart(fused, start, end, last=end == ends[-1]) for _, start, end in spans]
 
 
 def _groups(owner: nn.Module, head: nn.Module | None) -> Iterator[tuple[str, ...]]:
