@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch import Tensor
@@ -62,8 +62,10 @@ def source(name: str) -> str:
     return "\n".join((folder / f"{part}.cu").read_text("utf-8") for part in ("prelude", name))
 
 
-def compile_cubin(name: str, macros: Macros, arch: str) -> bytes:
+def compile_cubin(name: str, macros: Macros, arch: str, log: TextIO | None = None) -> bytes:
     """kernels/NAME.cu as machine code for an architecture such as "sm_90"; needs no GPU.
+
+    log: gets what the assembler says of registers and spills.
 
     Raises EnvironmentFault without cuda.core, and with the compiler's words when it refuses.
     """
@@ -74,10 +76,11 @@ def compile_cubin(name: str, macros: Macros, arch: str) -> bytes:
             "CUDA kernels need the package cuda-core; run: pip install 'llmsqueeze[cuda]'"
         ) from error
     options = ProgramOptions(
-        name=name, arch=arch, std="c++17", define_macro=[(k, str(v)) for k, v in macros.items()]
-    )
+        name=name, arch=arch, std="c++17", define_macro=[(k, str(v)) for k, v in macros.items()],
+        ptxas_options=["-v"] if log else None,
+    )  # fmt: skip
     try:
-        code = Program(source(name), "c++", options).compile("cubin").code
+        code = Program(source(name), "c++", options).compile("cubin", logs=log).code
     except Exception as error:  # each release of cuda.core has its own
         raise EnvironmentFault(f"kernels/{name}.cu does not compile for {arch}: {error}") from error
     return bytes(code)
