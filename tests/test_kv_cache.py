@@ -195,11 +195,10 @@ def test_bits_are_those_allocated(name: str, width: int) -> None:
         8 * sum(layer.nbytes for layer in cache.layers) / (2 * cache.layers[0].elements)
     )
     found = first.format.bits_per_element(3, width)
-    if (
-        name == "calibrated"
-    ):  # codes; one slot of three bytes with keys; two numbers by token with values
+    if name == "calibrated":
+        # Codes; one slot of three bytes with keys; one number by token with turned values.
         codes = math.ceil(width / 8) * 8 * 3 / width
-        assert found == pytest.approx(codes + (24 / width + 32 / (3 * width)) / 2)
+        assert found == pytest.approx(codes + (24 / width + 16 / (3 * width)) / 2)
         return
     bits = {"fp8": 8, "rotate:4": 4, "rotate:3": 3, "rotate:2": 2}[name]
     codes = width if bits == 8 else math.ceil(width / 8) * bits

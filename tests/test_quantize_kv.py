@@ -348,7 +348,7 @@ def test_the_command_and_what_follows_it(
     assert document["method"] == "kvquant" and document["outlier_slots"] == {"keys": 1, "values": 0}
     width = 10
     codes = 16 * 3 / width
-    assert document["bits_per_element"] == pytest.approx(codes + (24 / width + 32 / 20) / 2)
+    assert document["bits_per_element"] == pytest.approx(codes + (24 / width + 16 / 20) / 2)
 
     evaluated = [
         "--text",
