@@ -24,6 +24,7 @@ from llmsqueeze.command import (
     open_checkpoint,
     site_documents,
 )
+from llmsqueeze.compress_command import compress
 from llmsqueeze.doctor_command import doctor
 from llmsqueeze.eval_command import evaluate
 from llmsqueeze.prune_command import prune
@@ -60,14 +61,16 @@ def main() -> NoReturn:
 def cli() -> None:
     """Make language models smaller, and measure what it cost.
 
-    prune a checkpoint, sparsify its activations, quantize-kv its cache, eval what it lost, run it, bench
-    how fast it is, inspect what is inside, convert between forms; doctor looks at this machine.
+    prune a checkpoint, sparsify its activations, quantize-kv its cache, or compress it by a recipe for all
+    three; eval what it lost, run it, bench how fast it is, inspect what is inside, convert between forms;
+    doctor looks at this machine.
     """
 
 
 cli.add_command(prune)
 cli.add_command(sparsify)
 cli.add_command(quantize_kv)
+cli.add_command(compress)
 cli.add_command(evaluate)
 cli.add_command(run)
 cli.add_command(bench)
@@ -165,14 +168,14 @@ def convert(
     offline: bool,
     cache_dir: Path,
 ) -> None:
-    from llmsqueeze import compress
+    from llmsqueeze import compress as library
     from llmsqueeze.artifact import check_output
     from llmsqueeze.console import facts, size
 
     check_output(out, overwrite)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     with console.steps() as progress:
-        manifest = compress.convert(
+        manifest = library.convert(
             opened, name, out, format, overwrite=overwrite, note=console.note,
             on_block=lambda b: progress("converting block", b.index + 1, b.total, f"{b.seconds:.1f} s"),
         )  # fmt: skip

@@ -75,6 +75,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 # What talks to people: only its own modules may use it.
 COMMANDS = (
     "bench_command",
+    "compress_command",
     "doctor_command",
     "eval_command",
     "prune_command",

@@ -1,0 +1,124 @@
+"""Several kinds of compression as one request: each step on what the one before made, one checkpoint out."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmsqueeze.artifact import check_output
+from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.compress import BlockDone, check_not_inside, prune
+from llmsqueeze.errors import RecipeError
+from llmsqueeze.kv_recipe import KvRecipe
+from llmsqueeze.quantize_kv import quantize_kv
+from llmsqueeze.recipe import PruneRecipe
+from llmsqueeze.sparsify import sparsify
+from llmsqueeze.sparsify_recipe import SparsifyRecipe
+
+# In the order in which they are done: thresholds and codebooks are calibrated on the weights that will run.
+RECIPES: dict[str, type[PruneRecipe] | type[SparsifyRecipe] | type[KvRecipe]] = {
+    "prune": PruneRecipe,
+    "sparsify": SparsifyRecipe,
+    "quantize-kv": KvRecipe,
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """command: of RECIPES; recipe: its recipe."""
+
+    command: str
+    recipe: PruneRecipe | SparsifyRecipe | KvRecipe
+
+
+def parse_steps(raw: dict[str, Any]) -> list[Step]:
+    """From a mapping of commands to their recipes, or from a checkpoint's manifest; RecipeError on others.
+
+    A manifest says how its checkpoint was made, so the same is done again.
+    """
+    if isinstance(raw.get("steps"), list) and "format_version" in raw:
+        given = [(entry.get("command"), entry.get("recipe")) for entry in raw["steps"]]
+    else:
+        given = list(raw.items())
+    commands = [command for command, _ in given]
+    for command, recipe in given:
+        if command not in RECIPES:
+            raise RecipeError(f"recipe: {command!r} is no step; steps are {', '.join(RECIPES)}")
+        if commands.count(command) > 1:
+            raise RecipeError(f"recipe: {command} is there twice; do the second by the command")
+        if recipe is not None and not isinstance(recipe, dict):
+            raise RecipeError(f"recipe: {command}: not a mapping of recipe keys to values")
+        if recipe and recipe.get("method", "") is None:
+            raise RecipeError(
+                f"recipe: {command} only read thresholds off stored curves; name its method"
+            )
+    if not given:
+        raise RecipeError(f"recipe: no step; steps are {', '.join(RECIPES)}")
+    recipes = dict(given)
+    return [
+        Step(command, kind.from_dict(recipes[command] or {}))
+        for command, kind in RECIPES.items()
+        if command in recipes
+    ]
+
+
+def run_steps(
+    checkpoint: Checkpoint,
+    source_name: str,
+    out: Path,
+    steps: list[Step],
+    device: torch.device,
+    *,
+    overwrite: bool = False,
+    note: Callable[[str], None] = lambda message: None,
+    on_block: Callable[[str, BlockDone], None] = lambda command, done: None,
+) -> dict[str, float]:
+    """Do the steps; seconds of each. What lies between them stands beside `out` until the end.
+
+    The checkpoint is the one that the commands would have made one after another.
+    """
+    check_output(out, overwrite)
+    check_not_inside(out, checkpoint.path)
+    seconds = {}
+    with tempfile.TemporaryDirectory(
+        dir=out.parent, prefix=f".{out.name}.", suffix=".steps"
+    ) as directory:
+        for index, step in enumerate(steps):
+            began = time.monotonic()
+            last = index + 1 == len(steps)
+            target = out if last else Path(directory) / step.command
+            _run(step, checkpoint, source_name, target, device, overwrite and last, note, on_block)
+            seconds[step.command] = time.monotonic() - began
+            if not last:
+                checkpoint = Checkpoint(target)
+    return seconds
+
+
+def _run(
+    step: Step,
+    checkpoint: Checkpoint,
+    source_name: str,
+    out: Path,
+    device: torch.device,
+    overwrite: bool,
+    note: Callable[[str], None],
+    on_block: Callable[[str, BlockDone], None],
+) -> None:
+    recipe = step.recipe
+
+    def done(block: BlockDone) -> None:
+        on_block(step.command, block)
+
+    common: dict[str, Any] = {"overwrite": overwrite, "on_block": done}
+    if isinstance(recipe, PruneRecipe):
+        prune(checkpoint, source_name, out, recipe, device, note=note, **common)
+    elif isinstance(recipe, SparsifyRecipe):
+        sparsify(checkpoint, source_name, out, recipe, device, note=note, **common)
+    else:
+        quantize_kv(checkpoint, source_name, out, recipe, device, **common)
