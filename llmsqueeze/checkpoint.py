@@ -194,6 +194,17 @@ class Checkpoint:
         return [self.path / "config.json", *list_shards(self.path)]
 
     @property
+    def steps(self) -> list[dict[str, Any]]:
+        """How it was made, step by step; empty for a plain checkpoint."""
+        return self.manifest.steps if self.manifest else []
+
+    @property
+    def site_reports(self) -> dict[str, dict[str, float]]:
+        """Every compressed site and what is known of it; empty for a plain checkpoint."""
+        sites = self.manifest.sites if self.manifest else {}
+        return {name: record.report for name, record in sites.items()}
+
+    @property
     def activation(self) -> ActivationRecord | None:
         """The gates of sparsified activations, if the checkpoint has any."""
         return self.manifest.activation if self.manifest else None

@@ -6,7 +6,7 @@ import dataclasses
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,7 +75,9 @@ def prune(
     started = time.monotonic()
     check_output(out, overwrite)
     check_not_inside(out, checkpoint.path)
-    sites = plan.choose_sites(checkpoint, recipe)
+    pruning = Pruning(
+        checkpoint, recipe, device, training_state=training_state, note=note, on_step=on_step
+    )
     with (
         worker() as hashing,
         ArtifactWriter(out, overwrite=overwrite) as writer,
@@ -83,84 +85,25 @@ def prune(
         exact_matmul(),
     ):
         hashes = {file.name: hashing.submit(hash_file, file) for file in checkpoint.identity}
-        recipe, tokens, calibration = plan.calibration(checkpoint, recipe)
-        dtype = calibration_dtype(recipe.dtype, checkpoint.dtype, device)
-        if checkpoint.activation:
-            note(
-                "activation thresholds belong to the old weights and are left out; sparsify OUT anew"
-            )
-        if checkpoint.kv_cache:
-            note(
-                "the KV cache was calibrated on the old weights and is left out; quantize-kv OUT anew"
-            )
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        pruning.prepare()
         for name in checkpoint.outer_parameters:
             writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
-        if tokens is not None:
-            needed = plan.memory_estimate(checkpoint, recipe, tokens, dtype, device)
-            note(f"calibrating will hold about {needed / 1e9:.2g} GB on {device}")
-        trained: TrainedMasks | None = None
-        if recipe.tiles == "score":
-            targets = plan.allocate(checkpoint, sites, tokens, recipe, dtype, device)
-        else:
-            assert tokens is not None
-            trained = learn_masks(
-                checkpoint, sites, tokens, recipe, dtype, device, training_state, on_step
-            )
-            targets = {
-                name: dataclasses.replace(recipe.target, dense_tiles=count)
-                for name, count in trained.dense_tiles.items()
-            }
-        needs = recipe.needs | {"probe"} if recipe.needs else recipe.needs
         total = Share()
         stored: Future[Share] | None = None
-        for block in walk(
-            checkpoint,
-            tokens,
-            needs,
-            dtype,
-            device,
-            recipe.batch,
-            recipe.order,
-            dense_share=recipe.dense_share if "product" in needs else 0.0,
-            held_out=plan.held_out_samples(recipe),
-        ):
-            block_started = time.monotonic()
-            reports = {}
-            for site in block.sites:
-                if site.name in targets:
-                    keep = trained.keep[site.name] if trained else None
-                    pruned = prune_site(site, targets[site.name], recipe, keep)
-                    block.replace(site, pruned.weight)
-                    reports[site.name] = pruned.report
+        for block in pruning.blocks():
             if stored:
                 total += stored.result()  # one block waits at most; a full disk shows here
-            tensors = {name: tensor.cpu() for name, tensor in block.tensors.items()}
-            stored = storing.submit(store_block, writer, checkpoint, tensors, reports)
-            seconds = time.monotonic() - block_started
-            on_block(BlockDone(block.index, checkpoint.block_count, seconds))
+            stored = storing.submit(store_block, writer, checkpoint, block.tensors, block.reports)
+            on_block(BlockDone(block.index, checkpoint.block_count, block.seconds))
         if stored:
             total += stored.result()
         sparsity = total.sparsity
         sha256 = {name: hashed.result() for name, hashed in hashes.items()}
-        step: dict[str, Any] = {
-            "command": "prune",
-            "recipe": recipe.to_dict(),
-            "source": {"name": source_name, "sha256": sha256},
-            "calibration": calibration,
-            "compute_dtype": str(dtype).removeprefix("torch."),
-            "versions": versions(),
-            "sparsity": sparsity,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "peak_device_bytes": peak_device_bytes(device),
-        }
-        if trained is not None:
-            step["training"] = {"losses": trained.losses, "densities": trained.densities}
-        previous = checkpoint.manifest.steps if checkpoint.manifest else []
+        recipe = pruning.recipe
+        step = pruning.step(source_name, sha256, sparsity)
         writer.write_text("README.md", card.model_card(checkpoint, source_name, recipe, sparsity))
         manifest = writer.publish(
-            checkpoint.config, checkpoint.path, [*previous, step], checkpoint.stored_bytes
+            checkpoint.config, checkpoint.path, [*checkpoint.steps, step], checkpoint.stored_bytes
         )
     return Report(
         recipe,
@@ -170,6 +113,123 @@ def prune(
         peak_rss_bytes(),
         peak_device_bytes(device),
     )
+
+
+@dataclass(frozen=True)
+class PrunedBlock:
+    """tensors: every parameter of the block, on the CPU; reports: pruned site → what is known of it."""
+
+    index: int
+    tensors: dict[str, Tensor]
+    reports: dict[str, dict[str, float]]
+    seconds: float
+
+
+class Pruning:
+    """A recipe at work on a checkpoint: prepare(), take all blocks(), then step() says how it was done.
+
+    recipe: with what prepare() resolved. Raises RecipeError when the request does not fit the checkpoint.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: PruneRecipe,
+        device: torch.device,
+        *,
+        training_state: Path | None = None,
+        note: Callable[[str], None] = lambda message: None,
+        on_step: Callable[[StepDone], None] = lambda done: None,
+    ) -> None:
+        self.checkpoint, self.recipe, self.device = checkpoint, recipe, device
+        self._sites = plan.choose_sites(checkpoint, recipe)
+        self._training_state, self._note, self._on_step = training_state, note, on_step
+        self._trained: TrainedMasks | None = None
+
+    def prepare(self) -> None:
+        """Read the calibration text, say what will be lost and what will be held."""
+        checkpoint, device = self.checkpoint, self.device
+        self.recipe, self._tokens, self._calibration = plan.calibration(checkpoint, self.recipe)
+        self._dtype = calibration_dtype(self.recipe.dtype, checkpoint.dtype, device)
+        if checkpoint.activation:
+            self._note(
+                "activation thresholds belong to the old weights and are left out; sparsify OUT anew"
+            )
+        if checkpoint.kv_cache:
+            self._note(
+                "the KV cache was calibrated on the old weights and is left out; quantize-kv OUT anew"
+            )
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        if self._tokens is not None:
+            needed = plan.memory_estimate(
+                checkpoint, self.recipe, self._tokens, self._dtype, device
+            )
+            self._note(f"calibrating will hold about {needed / 1e9:.2g} GB on {device}")
+
+    def blocks(self) -> Iterator[PrunedBlock]:
+        """Every block in turn, pruned."""
+        recipe, tokens = self.recipe, self._tokens
+        targets = self._targets()
+        trained = self._trained
+        needs = recipe.needs | {"probe"} if recipe.needs else recipe.needs
+        for block in walk(
+            self.checkpoint,
+            tokens,
+            needs,
+            self._dtype,
+            self.device,
+            recipe.batch,
+            recipe.order,
+            dense_share=recipe.dense_share if "product" in needs else 0.0,
+            held_out=plan.held_out_samples(recipe),
+        ):
+            started = time.monotonic()
+            reports = {}
+            for site in block.sites:
+                if site.name in targets:
+                    keep = trained.keep[site.name] if trained else None
+                    pruned = prune_site(site, targets[site.name], recipe, keep)
+                    block.replace(site, pruned.weight)
+                    reports[site.name] = pruned.report
+            tensors = {name: tensor.cpu() for name, tensor in block.tensors.items()}
+            yield PrunedBlock(block.index, tensors, reports, time.monotonic() - started)
+
+    def step(self, source_name: str, sha256: dict[str, str], sparsity: float) -> dict[str, Any]:
+        """What a manifest says of it. sha256: of the source's files."""
+        step: dict[str, Any] = {
+            "command": "prune",
+            "recipe": self.recipe.to_dict(),
+            "source": {"name": source_name, "sha256": sha256},
+            "calibration": self._calibration,
+            "compute_dtype": str(self._dtype).removeprefix("torch."),
+            "versions": versions(),
+            "sparsity": sparsity,
+            "peak_rss_bytes": peak_rss_bytes(),
+            "peak_device_bytes": peak_device_bytes(self.device),
+        }
+        if self._trained is not None:
+            step["training"] = {
+                "losses": self._trained.losses,
+                "densities": self._trained.densities,
+            }
+        return step
+
+    def _targets(self) -> dict[str, Target]:
+        recipe, tokens = self.recipe, self._tokens
+        if recipe.tiles == "score":
+            return plan.allocate(
+                self.checkpoint, self._sites, tokens, recipe, self._dtype, self.device
+            )
+        assert tokens is not None
+        self._trained = learn_masks(
+            self.checkpoint, self._sites, tokens, recipe, self._dtype, self.device,
+            self._training_state, self._on_step,
+        )  # fmt: skip
+        return {
+            name: dataclasses.replace(recipe.target, dense_tiles=count)
+            for name, count in self._trained.dense_tiles.items()
+        }
 
 
 def prune_site(

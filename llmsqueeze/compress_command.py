@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 The recipe is YAML: steps (prune, sparsify, quantize-kv) and their settings, those of each command's own
 --recipe; a step without settings takes the defaults. A llmsqueeze.json is one, too: it says how its
-checkpoint was made. Steps are done in that order, and the result is what the commands would give one after another.
+checkpoint was made. Steps are done in that order, and the result is what the commands would give one
+after another.
 """
 )
 @click.argument("checkpoint")
@@ -66,13 +67,13 @@ def compress(
     before, after = bytes_per_token(opened), bytes_per_token(made)
     document = {
         "out": str(out),
-        "steps": [{"command": c, "seconds": s} for c, s in seconds.items()],
+        "walks": [{"commands": list(c), "seconds": s} for c, s in seconds.items()],
         "bytes": {"before": opened.stored_bytes, "after": made.stored_bytes},
         "bytes_per_token": {"before": before, "after": after},
         "kv_cache": str(made.kv_cache) if made.kv_cache else None,
     }
     rows = {
-        "steps": ", ".join(f"{c} {s:.1f} s" for c, s in seconds.items()),
+        "steps": ", ".join(f"{' + '.join(c)} {s:.1f} s" for c, s in seconds.items()),
         "size": f"{size(opened.stored_bytes)} → {size(made.stored_bytes)}",
         "read per token": f"{size(before)} → {size(after)} ({after / before:.0%})",
     }

@@ -93,10 +93,9 @@ def quantize_kv(
             "peak_rss_bytes": peak_rss_bytes(),
             "peak_device_bytes": peak_device_bytes(device),
         }
-        previous = checkpoint.manifest.steps if checkpoint.manifest else []
         writer.write_text("README.md", card.quantized_kv_card(checkpoint, source_name, record))
         manifest = writer.publish(
-            checkpoint.config, checkpoint.path, [*previous, step], checkpoint.stored_bytes
+            checkpoint.config, checkpoint.path, [*checkpoint.steps, step], checkpoint.stored_bytes
         )
     return Report(
         recipe,

@@ -73,7 +73,6 @@ def sparsify(
     check_not_inside(out, checkpoint.path)
     Policy.parse(recipe.prefill)
     _check_ignore(checkpoint, recipe)
-    known = checkpoint.manifest.sites if checkpoint.manifest else {}
     identity, source = checkpoint.identity, checkpoint
     with (
         worker() as hashing,
@@ -106,12 +105,13 @@ def sparsify(
             for state in calibrate_block(loaded, specs, recipe, batches):
                 gates[loaded.prefix + state.spec.at] = state.record(loaded.prefix)
                 tensors |= {n: t.cpu() for n, t in state.tensors(loaded.prefix).items()}
+            known = checkpoint.site_reports
             sites = {n.removesuffix(".weight") for n in loaded.tensors} & known.keys()
             store_block(
                 writer,
                 checkpoint,
                 {name: tensor.cpu() for name, tensor in loaded.tensors.items()},
-                {name: known[name].report for name in sites},
+                {name: known[name] for name in sites},
             )
             seconds = time.monotonic() - block_started
             on_block(BlockDone(loaded.index, checkpoint.block_count, seconds))
@@ -230,10 +230,9 @@ def _publish(
     step: dict[str, Any],
     record: ActivationRecord,
 ) -> Manifest:
-    previous = checkpoint.manifest.steps if checkpoint.manifest else []
     writer.write_text("README.md", card.sparsified_card(checkpoint, source_name, record))
     return writer.publish(
-        checkpoint.config, checkpoint.path, [*previous, step], checkpoint.stored_bytes
+        checkpoint.config, checkpoint.path, [*checkpoint.steps, step], checkpoint.stored_bytes
     )
 
 

@@ -1,4 +1,8 @@
-"""Several kinds of compression as one request: each step on what the one before made, one checkpoint out."""
+"""Several kinds of compression as one request: each step on what the one before made, one checkpoint out.
+
+Pruning and thresholds are one walk over the model: a block's thresholds are calibrated as soon as it is
+pruned, each step on activations of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +17,15 @@ import torch
 
 from llmsqueeze.artifact import check_output
 from llmsqueeze.checkpoint import Checkpoint
-from llmsqueeze.compress import BlockDone, check_not_inside, prune
+from llmsqueeze.compress import BlockDone, Pruning, check_not_inside, prune
+from llmsqueeze.device import exact_matmul, worker
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.kv_recipe import KvRecipe
 from llmsqueeze.quantize_kv import quantize_kv
 from llmsqueeze.recipe import PruneRecipe
 from llmsqueeze.sparsify import sparsify
 from llmsqueeze.sparsify_recipe import SparsifyRecipe
+from llmsqueeze.streamed import StreamedCheckpoint
 
 # In the order in which they are done: thresholds and codebooks are calibrated on the weights that will run.
 RECIPES: dict[str, type[PruneRecipe] | type[SparsifyRecipe] | type[KvRecipe]] = {
@@ -78,30 +84,46 @@ def run_steps(
     overwrite: bool = False,
     note: Callable[[str], None] = lambda message: None,
     on_block: Callable[[str, BlockDone], None] = lambda command, done: None,
-) -> dict[str, float]:
-    """Do the steps; seconds of each. What lies between them stands beside `out` until the end.
+) -> dict[tuple[str, ...], float]:
+    """Do the steps; seconds of each walk, by its commands.
 
-    The checkpoint is the one that the commands would have made one after another.
+    What lies between walks stands beside `out` until the end. The checkpoint is the one that the commands
+    would have made one after another.
     """
     check_output(out, overwrite)
     check_not_inside(out, checkpoint.path)
-    seconds = {}
+    seconds: dict[tuple[str, ...], float] = {}
     with tempfile.TemporaryDirectory(
         dir=out.parent, prefix=f".{out.name}.", suffix=".steps"
     ) as directory:
-        for index, step in enumerate(steps):
+        stages = _stages(steps)
+        for index, stage in enumerate(stages):
             began = time.monotonic()
-            last = index + 1 == len(steps)
-            target = out if last else Path(directory) / step.command
-            _run(step, checkpoint, source_name, target, device, overwrite and last, note, on_block)
-            seconds[step.command] = time.monotonic() - began
+            last = index + 1 == len(stages)
+            command = stage[-1].command
+            target = out if last else Path(directory) / command
+            _run(stage, checkpoint, source_name, target, device, overwrite and last, note, on_block)
+            seconds[tuple(step.command for step in stage)] = time.monotonic() - began
             if not last:
                 checkpoint = Checkpoint(target)
     return seconds
 
 
+def _stages(steps: list[Step]) -> list[list[Step]]:
+    """Steps that are done in one walk over the model together."""
+    stages: list[list[Step]] = []
+    for step in steps:
+        # A rotation rewrites all weights before it calibrates: it needs them all.
+        rotated = isinstance(step.recipe, SparsifyRecipe) and step.recipe.rotate
+        if step.command == "sparsify" and stages and not rotated:
+            stages[-1].append(step)
+        else:
+            stages.append([step])
+    return stages
+
+
 def _run(
-    step: Step,
+    stage: list[Step],
     checkpoint: Checkpoint,
     source_name: str,
     out: Path,
@@ -110,13 +132,24 @@ def _run(
     note: Callable[[str], None],
     on_block: Callable[[str, BlockDone], None],
 ) -> None:
+    step = stage[-1]
     recipe = step.recipe
 
     def done(block: BlockDone) -> None:
         on_block(step.command, block)
 
     common: dict[str, Any] = {"overwrite": overwrite, "on_block": done}
-    if isinstance(recipe, PruneRecipe):
+    if len(stage) == 2:
+        first = stage[0].recipe
+        assert isinstance(first, PruneRecipe) and isinstance(recipe, SparsifyRecipe)
+        pruning = Pruning(checkpoint, first, device, note=note)
+        pruning.prepare()
+        with worker() as hashing, exact_matmul():
+            streamed = StreamedCheckpoint(
+                pruning, source_name, hashing, lambda block: on_block("prune", block)
+            )
+            sparsify(streamed, source_name, out, recipe, device, note=note, **common)
+    elif isinstance(recipe, PruneRecipe):
         prune(checkpoint, source_name, out, recipe, device, note=note, **common)
     elif isinstance(recipe, SparsifyRecipe):
         sparsify(checkpoint, source_name, out, recipe, device, note=note, **common)

@@ -57,7 +57,8 @@ def test_it_is_the_commands_one_after_another(
     assert result.exit_code == 0, result.stderr
     document = json.loads(result.stdout)
     commands = ["prune", "sparsify", "quantize-kv"]
-    assert [step["command"] for step in document["steps"]] == commands
+    walks = [walk["commands"] for walk in document["walks"]]
+    assert walks == [["prune", "sparsify"], ["quantize-kv"]]
     assert document["bytes_per_token"]["after"] < document["bytes_per_token"]["before"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "r"]  # nothing is left over
     source = tiny()
@@ -122,3 +123,52 @@ def test_a_failing_step_leaves_nothing(
     assert result.exit_code == 2
     assert "no_such_module" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
+
+
+def test_masks_can_be_trained_within_the_walk(
+    cli: Cli,
+    tiny: Tiny,
+    tmp_path: Path,
+    recipe: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Calibrating thresholds switches gradients off; training masks needs them."""
+    from llmsqueeze import compress
+
+    seen = []
+
+    def learn_masks(*_: Any) -> Any:
+        seen.append(torch.is_grad_enabled())
+        raise RecipeError("far enough")
+
+    monkeypatch.setattr(compress, "learn_masks", learn_masks)
+    recipe["prune"] |= {
+        "target": {"pattern": "tile", "sparsity": 0.35, "tile": 16},
+        "tiles": "tile",
+    }
+    given = write(tmp_path / "r", recipe)
+    result = cli("compress", tiny(), "-o", tmp_path / "out", "--recipe", given, "--device", "cpu")
+    assert "far enough" in result.stderr
+    assert seen == [True]
+
+
+def test_blocks_come_in_order_and_once(tiny: Tiny, recipe: dict[str, Any]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from llmsqueeze.compress import Pruning
+    from llmsqueeze.recipe import PruneRecipe
+    from llmsqueeze.streamed import StreamedCheckpoint
+
+    source = Checkpoint(tiny())
+    pruning = Pruning(source, PruneRecipe.from_dict(recipe["prune"]), torch.device("cpu"))
+    pruning.prepare()
+    with ThreadPoolExecutor() as pool:
+        streamed = StreamedCheckpoint(pruning, "name", pool, lambda done: None)
+        outer = streamed.read(source.outer_parameters)
+        assert all(
+            torch.equal(outer[n], t) for n, t in source.read(source.outer_parameters).items()
+        )
+        first = streamed.read(streamed.block_parameters(0))
+        assert any((t == 0).float().mean() > 0.45 for t in first.values())
+        with pytest.raises(RuntimeError, match="block 1 was pruned"):
+            streamed.read(streamed.block_parameters(2))
