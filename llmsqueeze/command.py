@@ -163,6 +163,14 @@ def calibration_options(
     return add
 
 
+def backend_option(body: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--backend", type=click.Choice(["kernels", "reference"]),
+        help="How compressed weights are computed with: as they are, by CUDA kernels, or made dense."
+        "  [default: kernels on a GPU in 16 bits, else reference]",
+    )(body)  # fmt: skip
+
+
 def device_option(body: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--device", default="auto", show_default=True, envvar="LLMSQUEEZE_DEVICE",

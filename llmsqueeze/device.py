@@ -48,6 +48,12 @@ def evaluation_dtype(name: str, stored: torch.dtype, device: torch.device) -> to
     return stored if device.type == "cuda" else torch.float32
 
 
+def default_backend(device: torch.device, dtype: torch.dtype) -> str:
+    """ "kernels" where there are any for a dtype, else "reference": compressed weights made dense."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return "kernels" if device.type == "cuda" and half else "reference"
+
+
 @contextlib.contextmanager
 def exact_matmul() -> Iterator[None]:
     """fp32 products in fp32: TF32 would put its rounding into the statistics."""

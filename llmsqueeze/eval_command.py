@@ -10,6 +10,7 @@ import click
 
 from llmsqueeze.command import (
     CHECKPOINT_HELP,
+    backend_option,
     checkpoint_options,
     common,
     device_option,
@@ -82,9 +83,7 @@ Bits are those allocated, scales, outliers and sinks included.
 @click.option("--kv-cache", metavar="FORMAT",
               help="Quantise the KV cache: fp8, rotate:4, rotate:3 or rotate:2 (Hadamard and the best codes "
               "of a normal distribution; no calibration) or none.  [default: CHECKPOINT's]")  # fmt: skip
-@click.option("--backend", type=click.Choice(["kernels", "reference"]),
-              help="How compressed weights are computed with: as they are, by CUDA kernels, or made dense. "
-              "[default: kernels on a GPU in 16 bits, else reference]")  # fmt: skip
+@backend_option
 @click.option("--passkey", is_flag=True,
               help="Also measure how often a key hidden in a long text is found.")  # fmt: skip
 @device_option
@@ -123,7 +122,7 @@ def evaluate(
         evaluation_windows,
         load_tokenizer,
     )
-    from llmsqueeze.device import choose_device, evaluation_dtype
+    from llmsqueeze.device import choose_device, default_backend, evaluation_dtype
     from llmsqueeze.evaluate import perplexity
     from llmsqueeze.passkey import make_prompts, retrieve
     from llmsqueeze.plan import check_vocabulary, window_length
@@ -147,9 +146,7 @@ def evaluate(
         raise RecipeError(f"{against} and {checkpoint} have different vocabularies")
     precision = evaluation_dtype(dtype, opened.dtype, where)
     length = window_length(opened, seqlen)
-    if backend is None:
-        half = precision in (torch.bfloat16, torch.float16)
-        backend = "kernels" if where.type == "cuda" and half else "reference"
+    backend = backend or default_backend(where, precision)
 
     def cut(source: Checkpoint) -> Windows:
         tokenizer = load_tokenizer(source.path)

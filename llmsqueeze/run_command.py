@@ -12,6 +12,7 @@ import click
 
 from llmsqueeze.command import (
     CHECKPOINT_HELP,
+    backend_option,
     checkpoint_options,
     common,
     device_option,
@@ -42,12 +43,13 @@ thresholds are used as stored.
 @click.option("--raw", is_flag=True, help="No chat template.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
               help="Precision; auto: the checkpoint's on a GPU, float32 on a CPU.")  # fmt: skip
+@backend_option
 @device_option
 @checkpoint_options
 @common
 def run(
-    console: Console, checkpoint: str, prompt: str | None, tokens: int, raw: bool, dtype: str, device: str,
-    offline: bool, cache_dir: Path,
+    console: Console, checkpoint: str, prompt: str | None, tokens: int, raw: bool, dtype: str,
+    backend: str | None, device: str, offline: bool, cache_dir: Path,
 ) -> None:  # fmt: skip
     if tokens < 1:
         raise RecipeError(f"--tokens {tokens}: at least one token is needed")
@@ -55,10 +57,8 @@ def run(
     if not text.strip():
         raise RecipeError("the prompt is empty; give one, or pipe it in")
 
-    import torch
-
     from llmsqueeze.data import load_tokenizer
-    from llmsqueeze.device import choose_device, evaluation_dtype
+    from llmsqueeze.device import choose_device, default_backend, evaluation_dtype
     from llmsqueeze.runtime import load
 
     where = choose_device(device)
@@ -71,8 +71,8 @@ def run(
             f"{len(ids)} tokens of prompt and --tokens {tokens} are more than the {room} of {name}"
         )
     precision = evaluation_dtype(dtype, opened.dtype, where)
-    half = precision in (torch.bfloat16, torch.float16)
-    model = load(opened, precision, where, kernels=where.type == "cuda" and half)
+    backend = backend or default_backend(where, precision)
+    model = load(opened, precision, where, kernels=backend == "kernels")
     ends = _ends(model, tokenizer)
     found: list[int] = []
     shown = ""

@@ -91,6 +91,17 @@ def test_the_prompt_can_be_piped_in(cli: Cli, tiny: Tiny, monkeypatch: pytest.Mo
     assert cli("run", tiny(), *options).stdout == given
 
 
+def test_the_backend_can_be_chosen(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    made = cli("prune", tiny(), "-o", out, "--method", "magnitude", "--sparsity", 0.5, "-q")
+    assert made.exit_code == 0, made.stderr
+    options = ["line", "--tokens", 3, "--device", "cpu", "-q"]
+    assert cli("run", out, *options, "--backend", "reference").exit_code == 0
+    result = cli("run", out, *options, "--backend", "kernels")
+    assert result.exit_code == 4
+    assert "--device cuda" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -211,7 +211,8 @@ def launch(
     index = like.device.index
     if shared > most_shared(index):
         raise EnvironmentFault(
-            f"kernel {name} needs {shared} bytes of shared memory; use another GPU"
+            f"kernel {name} needs {shared} bytes of shared memory, this GPU has {most_shared(index)}; "
+            "use --backend reference"
         )
     kernel = _kernel(name, tuple(sorted(macros.items())), index)
     stream = _stream(torch.cuda.current_stream(index).cuda_stream)
