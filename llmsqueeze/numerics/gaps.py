@@ -211,9 +211,14 @@ def _pack_slices(
     gaps[rows, entry] = gap & (1 << shape.bits) - 1
     values = torch.zeros(len(part), total, dtype=weight.dtype, device=weight.device)
     values[rows, entry] = part[part != 0]
-    begin = (gaps + 1).cumsum(1)
-    reach = int(begin[:, -1].max()) if total else 0
-    starts = torch.nn.functional.pad(begin[:, :-1], (1, 0))[:, :: max(1, blocks * shape.block)]
+    length = blocks * shape.block
+    ends = (gaps + 1).view(len(part), -1, length).sum(-1).cumsum(1)
+    starts = torch.nn.functional.pad(ends[:, :-1], (1, 0))
+    steps = ends - starts
+    # A part that begins beyond the last column has no non-zero: it may begin right behind it. Else the short
+    # rows of a slice would reach far, and so would what is held of x.
+    starts = starts.clamp_max(weight.shape[1])
+    reach = int((starts + steps).max())
     split = (-1, shape.rows, shape.warps, shape.parts)
     starts = starts.reshape(split).permute(0, 2, 3, 1).reshape(-1, shape.warps, LANES)
     per_word = shape.block // 4

@@ -135,3 +135,20 @@ def test_the_shape_keeps_loads_in_flight() -> None:
 def test_too_many_columns() -> None:
     with pytest.raises(ValueError, match="columns"):
         gaps.pack(torch.zeros(1, 60_001, dtype=BF16), gaps.Shape(3, 1, 1))
+
+
+@pytest.mark.parametrize("columns", [333, 40_000])
+def test_short_rows_beside_a_long_one_do_not_reach_far(columns: int) -> None:
+    """Where a part begins is stored in 16 bits, and what lanes reach is held of x."""
+    weight = torch.zeros(16, columns, dtype=BF16)
+    weight[0] = 1
+    weight[1, :3] = 2
+    weight[2, -1] = 3
+    shape = gaps.Shape(3, 2, 10)
+    packed = gaps.pack(weight, shape)
+    part = int(packed.first[-1]) * shape.block
+    assert packed.reach <= columns + part
+    assert torch.equal(gaps.unpack(packed, 16, columns, BF16), weight)
+    if columns < 1000:
+        x = torch.randn(columns, generator=torch.Generator().manual_seed(3)).double()
+        assert torch.allclose(walk(packed, x, 16), weight.double() @ x, rtol=1e-12, atol=1e-12)
