@@ -144,3 +144,39 @@ def test_many_tokens_are_multiplied_by_expanded_weights(
             packed.reach,
         )  # fmt: skip
         assert torch.equal(y, torch.nn.functional.linear(x, weight, given))
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_a_kernel_is_launched_on_the_device_of_its_tensors(
+    monkeypatch: pytest.MonkeyPatch, current: int
+) -> None:
+    import contextlib
+    from collections.abc import Iterator
+    from types import SimpleNamespace
+
+    seen: list[tuple[int, tuple[object, ...]]] = []
+    state = SimpleNamespace(device=current)
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        before, state.device = state.device, index
+        yield
+        state.device = before
+
+    def start(stream: object, config: object, kernel: object, *values: object) -> None:
+        seen.append((state.device, values))
+
+    monkeypatch.setattr("cuda.core.launch", start)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: state.device)
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda index: SimpleNamespace(cuda_stream=100 + index)
+    )
+    for name in ("_kernel", "_stream", "_config"):
+        monkeypatch.setattr(cuda, name, lambda *given: given)
+    monkeypatch.setattr(cuda, "most_shared", lambda _: 1000)
+    like = SimpleNamespace(device=SimpleNamespace(index=1))
+    cuda.launch("gaps", {}, like, (None, 7), grid=(1, 1), block=32, shared=10)  # type: ignore[arg-type]
+    ((where, (null, number)),) = seen
+    assert where == 1 and null == 0 and number.value == 7  # type: ignore[attr-defined]
+    assert state.device == current

@@ -217,7 +217,13 @@ def launch(
     kernel = _kernel(name, tuple(sorted(macros.items())), index)
     stream = _stream(torch.cuda.current_stream(index).cuda_stream)
     config = _config(grid, block, shared, cluster, bool(macros.get("PDL")))
-    start(stream, config, kernel, *map(_argument, arguments))
+    values = map(_argument, arguments)
+    if index == torch.cuda.current_device():
+        start(stream, config, kernel, *values)
+        return
+    # The default stream is that of the current device, whatever the tensors' is.
+    with torch.cuda.device(index):
+        start(stream, config, kernel, *values)
 
 
 def _argument(value: Any) -> Any:
