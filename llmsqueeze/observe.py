@@ -1,21 +1,18 @@
 """Watching a model's own attention: queries, keys and values as it computes with them.
 
-By an attention function registered with transformers that looks on and then calls the one it stands for;
-masks are made as for that one, too: transformers gives none at all to names that it does not know.
+By an attention function that looks on and then calls the one it stands for.
 """
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from llmsqueeze import stand_in
 
 NAME = "llmsqueeze_observed"
 
@@ -55,13 +52,9 @@ def observing(config: Any, see: Callable[[Attention], None]) -> Iterator[None]:
                 query.shape[-1] ** -0.5 if scaling is None else scaling, rest.get("softcap"),
             )
         )  # fmt: skip
-        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        return ALL_ATTENTION_FUNCTIONS.get_interface(before, own)(
-            module, query, key, value, mask, **rest
-        )
+        return stand_in.function_of(before, module)(module, query, key, value, mask, **rest)
 
-    AttentionInterface.register(NAME, attend)
-    AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[before])
+    stand_in.register(NAME, before, attend)
     config._attn_implementation = NAME
     try:
         yield

@@ -23,7 +23,8 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "side_files": ("shards", "errors"),
     "activation": ("shards", "side_files", "numerics.histogram", "errors"),
     "kv_record": ("methods", "shards", "side_files", "errors"),
-    "observe": (),
+    "observe": ("stand_in",),
+    "stand_in": (),
     "recipe": ("methods", "errors"),
     "shards": ("errors",),
     "artifact": (
@@ -51,6 +52,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "runtime": (
         "runtime",
+        "stand_in",
         "integration",
         "activation",
         "kv_record",

@@ -3,20 +3,17 @@
 Turning them back costs work for every cached token. Turning the query, or what attention puts out, is the
 same, since the matrix is orthogonal and its own inverse, and costs work for the new tokens alone.
 
-By an attention function registered with transformers, which stands for the model's own and calls it. A
-packed cache marks what it returns in the turned basis; unmarked tensors go through untouched.
+By an attention function that stands for the model's own and calls it. A packed cache marks what it returns
+in the turned basis; unmarked tensors go through untouched.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from llmsqueeze import stand_in
 from llmsqueeze.numerics.hadamard import hadamard
 
 _PREFIX = "llmsqueeze_turned_"
@@ -36,9 +33,7 @@ def accept(config: Any) -> None:
     base = config._attn_implementation
     if base not in _BASES:
         return
-    AttentionInterface.register(_PREFIX + base, _attend(base))
-    # transformers gives no mask at all to names that it does not know.
-    AttentionMaskInterface.register(_PREFIX + base, ALL_MASK_ATTENTION_FUNCTIONS[base])
+    stand_in.register(_PREFIX + base, base, _attend(base))
     config._attn_implementation = _PREFIX + base
 
 
@@ -63,12 +58,10 @@ def _attend(base: str) -> Any:
         mask: Tensor | None,
         **rest: Any,
     ) -> Any:
-        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if _notice(key):
             query = hadamard(query)
-        out, weights = ALL_ATTENTION_FUNCTIONS.get_interface(base, own)(
-            module, query, key, value, mask, **rest
-        )
+        base_attention = stand_in.function_of(base, module)
+        out, weights = base_attention(module, query, key, value, mask, **rest)
         return (hadamard(out) if _notice(value) else out), weights
 
     return attend
