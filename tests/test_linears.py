@@ -25,7 +25,7 @@ from llmsqueeze.runtime.linears import (
     pack_linears,
     use_kernels,
 )
-from tests.conftest import tiny_model
+from tests.conftest import TINY, tiny_model
 
 CPU = torch.device("cpu")
 IDS = torch.arange(5, 17).reshape(2, 6)
@@ -222,9 +222,10 @@ def test_a_packed_model_compiles_whole() -> None:
         assert torch.equal(compiled(IDS, use_cache=False).logits.float(), expected)
 
 
+@pytest.mark.parametrize("family", sorted(TINY))
 @pytest.mark.parametrize("packed", [False, True])
-def test_decoding_is_that_of_generate(packed: bool) -> None:
-    model = pruned_model("50 %")
+def test_decoding_is_that_of_generate(family: str, packed: bool) -> None:
+    model = pruned_model("50 %", family)
     if packed:
         pack_linears(model, CPU)
     prompt = IDS[0]

@@ -201,8 +201,7 @@ def pack_linears(
         for names in _groups(owner, head):
             linears = [getattr(owner, name) for name in names]
             weight = torch.cat([linear.weight.to(device) for linear in linears])
-            dense = weight.count_nonzero() > (1 - LEAST_SPARSITY) * weight.numel()
-            if dense and not isinstance(linears[0], GatedLinear):
+            if not isinstance(linears[0], GatedLinear) and not _worth_packing(weight):
                 continue
             check(weight.dtype, device)
             parts = _pack(linears, weight, report)
@@ -210,6 +209,12 @@ def pack_linears(
                 setattr(owner, name, part)
     report.seconds = time.perf_counter() - begun
     return report
+
+
+def _worth_packing(weight: Tensor) -> bool:
+    """Whether it has enough zeros, and no more columns than a row's gaps can be counted over."""
+    few = weight.count_nonzero() <= (1 - LEAST_SPARSITY) * weight.numel()
+    return bool(few) and weight.shape[1] <= gaps.MAX_COLUMNS
 
 
 def _pack(linears: list[nn.Linear], weight: Tensor, report: Report) -> list[nn.Module]:
