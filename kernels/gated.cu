@@ -13,7 +13,7 @@
 #define LANES (TILE / 8)            // lanes that share a column
 #define GROUPS (THREADS / LANES)    // columns that a block reads at a time
 
-// Every output of PDL matters here less than early loads elsewhere: weights cannot be fetched before x.
+// Launched without programmatic dependence: which weights are wanted is not known before x is.
 
 __device__ __forceinline__ bool active(float x, float threshold) {
     return !(fabsf(x) <= fminf(threshold, 3.402823466e38f));
