@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ are. A kernel whose result is off stops the run.
 @common
 def kernels(console: Console, shapes: str, tokens: str) -> None:
     sizes = [_pair(text) for text in shapes.split(",")]
-    counts = [_number(text, "--tokens") for text in tokens.split(",")]
+    counts = [_number(text) for text in tokens.split(",")]
 
     import torch
     from rich.table import Table
@@ -151,14 +152,16 @@ def _rows(found: Comparison) -> dict[str, str]:
 
 
 def _pair(text: str) -> tuple[int, int]:
-    rows, _, columns = text.partition("x")
-    pair = _number(rows, "--shapes"), _number(columns, "--shapes")
+    if not re.fullmatch(r"\s*[1-9]\d*x[1-9]\d*\s*", text):
+        raise RecipeError(f"--shapes {text}: write ROWSxCOLUMNS, as 4096x4096")
+    rows, columns = text.split("x")
+    pair = int(rows), int(columns)
     if pair[0] % 16 or pair[1] % 16:
         raise RecipeError(f"--shapes {text}: rows and columns must be divisible by 16")
     return pair
 
 
-def _number(text: str, option: str) -> int:
+def _number(text: str) -> int:
     if not text.strip().isdecimal() or int(text) < 1:
-        raise RecipeError(f"{option}: {text!r} is no positive number")
+        raise RecipeError(f"--tokens: {text!r} is no positive number")
     return int(text)

@@ -48,10 +48,17 @@ def evaluation_dtype(name: str, stored: torch.dtype, device: torch.device) -> to
     return stored if device.type == "cuda" else torch.float32
 
 
-def default_backend(device: torch.device, dtype: torch.dtype) -> str:
-    """ "kernels" where there are any for a dtype, else "reference": compressed weights made dense."""
-    half = dtype in (torch.bfloat16, torch.float16)
-    return "kernels" if device.type == "cuda" and half else "reference"
+def choose_backend(name: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """What was asked for; else "kernels" where there are any, or "reference": compressed weights made dense.
+
+    EnvironmentFault when kernels were asked for where there are none.
+    """
+    there = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+    if name == "kernels" and not there:
+        raise EnvironmentFault(
+            "--backend kernels needs --device cuda and --dtype bfloat16 or float16"
+        )
+    return name or ("kernels" if there else "reference")
 
 
 @contextlib.contextmanager

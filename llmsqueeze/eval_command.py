@@ -122,7 +122,7 @@ def evaluate(
         evaluation_windows,
         load_tokenizer,
     )
-    from llmsqueeze.device import choose_device, default_backend, evaluation_dtype
+    from llmsqueeze.device import choose_backend, choose_device, evaluation_dtype
     from llmsqueeze.evaluate import perplexity
     from llmsqueeze.passkey import make_prompts, retrieve
     from llmsqueeze.plan import check_vocabulary, window_length
@@ -146,7 +146,7 @@ def evaluate(
         raise RecipeError(f"{against} and {checkpoint} have different vocabularies")
     precision = evaluation_dtype(dtype, opened.dtype, where)
     length = window_length(opened, seqlen)
-    backend = backend or default_backend(where, precision)
+    backend = choose_backend(backend, where, precision)
 
     def cut(source: Checkpoint) -> Windows:
         tokenizer = load_tokenizer(source.path)

@@ -58,7 +58,7 @@ def run(
         raise RecipeError("the prompt is empty; give one, or pipe it in")
 
     from llmsqueeze.data import load_tokenizer
-    from llmsqueeze.device import choose_device, default_backend, evaluation_dtype
+    from llmsqueeze.device import choose_backend, choose_device, evaluation_dtype
     from llmsqueeze.runtime import load
 
     where = choose_device(device)
@@ -71,7 +71,7 @@ def run(
             f"{len(ids)} tokens of prompt and --tokens {tokens} are more than the {room} of {name}"
         )
     precision = evaluation_dtype(dtype, opened.dtype, where)
-    backend = backend or default_backend(where, precision)
+    backend = choose_backend(backend, where, precision)
     model = load(opened, precision, where, kernels=backend == "kernels")
     ends = _ends(model, tokenizer)
     found: list[int] = []

@@ -251,7 +251,8 @@ def test_the_bench_needs_a_gpu(cli: Callable[..., Any], tiny: Callable[..., Path
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["kernels", "--shapes", "4096"], "no positive number"),
+        (["kernels", "--shapes", "4096"], "write ROWSxCOLUMNS"),
+        (["kernels", "--shapes", "16x"], "write ROWSxCOLUMNS"),
         (["kernels", "--shapes", "100x64"], "divisible by 16"),
         (["kernels", "--tokens", "0"], "no positive number"),
         (["model", "x", "--prompt", "3"], "at least 16"),

@@ -97,9 +97,14 @@ def test_the_backend_can_be_chosen(cli: Cli, tiny: Tiny, tmp_path: Path) -> None
     assert made.exit_code == 0, made.stderr
     options = ["line", "--tokens", 3, "--device", "cpu", "-q"]
     assert cli("run", out, *options, "--backend", "reference").exit_code == 0
-    result = cli("run", out, *options, "--backend", "kernels")
-    assert result.exit_code == 4
-    assert "--device cuda" in result.stderr
+    evaluated = ["eval", "--windows", 1, "--device", "cpu", "-q"]
+    for source in (out, tiny()):  # also where there is nothing that a kernel would do
+        for result in (
+            cli("run", source, *options, "--backend", "kernels"),
+            cli(*evaluated, source, "--backend", "kernels"),
+        ):
+            assert result.exit_code == 4
+            assert "--device cuda" in result.stderr
 
 
 @pytest.mark.parametrize(
