@@ -1,9 +1,9 @@
 """The llmsqueeze checkpoint: how a compressed model lies on disk.
 
-A Hugging Face directory whose sites are stored as a bitmask and packed non-zeros where that is
-smaller than dense, plus `llmsqueeze.json`, the manifest. Trust runs along a chain: config.json
-carries the manifest's sha256, the manifest those of every shard and shard header. Headers are
-checked at every load, contents by `inspect --verify`.
+A Hugging Face directory whose sites are stored in the smallest of the encodings that give them back, plus
+`llmsqueeze.json`, the manifest. Trust runs along a chain: config.json carries the manifest's sha256, the
+manifest those of every shard and shard header. Headers are checked at every load, contents by
+`inspect --verify`.
 
 Writing happens in a sibling directory that is renamed last, so OUT is complete or absent.
 """
@@ -21,13 +21,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from llmsqueeze import __version__
 from llmsqueeze.activation import ActivationRecord, GateRecord, side_tensors
+from llmsqueeze.encodings import ENCODINGS, smallest
 from llmsqueeze.errors import CheckpointError, RecipeError, ResourceError
 from llmsqueeze.kv_record import KvRecord, kv_tensors
-from llmsqueeze.numerics.packing import bitmask_bytes, pack_bitmask, unpack_bitmask
+from llmsqueeze.numerics.packing import INT_OF_SIZE
 from llmsqueeze.shards import (
     KV_NAME,
     SIDE_NAME,
@@ -42,7 +44,6 @@ from llmsqueeze.side_files import write_side_file
 MANIFEST_NAME = "llmsqueeze.json"
 FORMAT_VERSION = 1
 FORMATS = ("llmsqueeze", "dense")
-BITMASK_PARTS = ("values", "mask", "row_offsets")
 # The files beside the weights that make a checkpoint usable; everything else stays behind.
 ASSET_PATTERNS = (
     "generation_config.json",
@@ -64,7 +65,7 @@ class SiteRecord:
 
     shape: tuple[int, int]
     dtype: str
-    encoding: str  # "bitmask" or "dense"
+    encoding: str  # of encodings.ENCODINGS, or "dense"
     nonzeros: int
     bytes_before: int
     bytes_after: int
@@ -125,7 +126,7 @@ class Manifest:
         if self.format not in FORMATS or not isinstance(self.steps, list):
             raise ValueError("format or steps")
         for name, site in self.sites.items():
-            if site.encoding not in ("bitmask", "dense") or len(site.shape) != 2:
+            if site.encoding not in (*ENCODINGS, "dense") or len(site.shape) != 2:
                 raise ValueError(f"site {name}")
             if not all(isinstance(n, int) and n > 0 for n in site.shape):
                 raise ValueError(f"site {name}")
@@ -193,13 +194,11 @@ def verify(directory: Path, manifest: Manifest) -> list[str]:
 
 
 def decode(site: str, record: SiteRecord, parts: dict[str, Tensor]) -> Tensor:
-    """The [out, in] weight from its parts (keys of BITMASK_PARTS)."""
+    """The [out, in] weight from the parts of its encoding."""
     try:
-        weight = unpack_bitmask(
-            parts["values"], parts["mask"], parts["row_offsets"], record.shape[1]
-        )
+        weight = ENCODINGS[record.encoding].decode(parts, record.shape[1])
     except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{site}: damaged bitmask encoding ({error})") from error
+        raise CheckpointError(f"{site}: damaged {record.encoding} encoding ({error})") from error
     if tuple(weight.shape) != record.shape:
         raise CheckpointError(f"{site}: decodes to {tuple(weight.shape)}, not {record.shape}")
     return weight
@@ -241,25 +240,23 @@ class ArtifactWriter:
         self._shards.add(name, tensor)
 
     def add_site(self, site: str, weight: Tensor, report: dict[str, float]) -> SiteRecord:
-        """Store the [out, in] weight of a compressed linear in the smaller of the two encodings."""
+        """Store the [out, in] weight of a compressed linear in the smallest encoding it fits."""
         rows, columns = weight.shape
-        size = weight.element_size()
-        dense_bytes = rows * columns * size
-        values, mask, row_offsets = pack_bitmask(weight)
-        packed_bytes = bitmask_bytes(rows, columns, values.numel(), size)
-        packed = self._format == "llmsqueeze" and packed_bytes < dense_bytes
-        if packed:
-            for part, tensor in zip(BITMASK_PARTS, (values, mask, row_offsets), strict=True):
-                self._shards.add(f"{site}.weight_{part}", tensor)
-        else:
+        encoding, parts = smallest(weight) if self._format == "llmsqueeze" else ("dense", {})
+        for part, tensor in parts.items():
+            self._shards.add(f"{site}.weight_{part}", tensor)
+        if not parts:
             self._shards.add(f"{site}.weight", weight)
+        dense_bytes = weight.numel() * weight.element_size()
+        stored = sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
         record = SiteRecord(
             shape=(rows, columns),
             dtype=str(weight.dtype).removeprefix("torch."),
-            encoding="bitmask" if packed else "dense",
-            nonzeros=values.numel(),
+            encoding=encoding,
+            # By its bits, as the bitmask counts: -0.0 is stored.
+            nonzeros=int(torch.count_nonzero(weight.view(INT_OF_SIZE[weight.element_size()]))),
             bytes_before=dense_bytes,
-            bytes_after=packed_bytes if packed else dense_bytes,
+            bytes_after=stored or dense_bytes,
             report=report,
         )
         self._sites[site] = record

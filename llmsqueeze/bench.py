@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmsqueeze import ops
 from llmsqueeze.errors import EnvironmentFault
-from llmsqueeze.numerics import gaps, sparse24
+from llmsqueeze.numerics import gaps, int8, masks, outputs24, sparse24
 
 # Of weights in one graph, all different: no cache holds them.
 COLD_BYTES = 560_000_000
@@ -165,15 +165,42 @@ def kernel_rows(rows: int, columns: int, tokens: int, seed: int = 0) -> Iterator
         )  # fmt: skip
     if tokens > 1:
         return
-    stored = ops.input_major(weight).t()
+    codes, largest = int8.encode(weight)
+    scale = int8.scales(largest)
+    kept = masks.keep_nm_out(weight.float().abs(), 2, 4, 0.0)
+    halved = weight * kept
+    columns24 = outputs24.pack(halved)
+    stored, stored8 = ops.input_major(weight).t(), ops.input_major(codes).t()
+    exact8 = codes.double() * scale.double()[:, None]
+    yield compare(
+        weight, x, dense, "int8", (stored8, scale),
+        lambda x, c, s: torch.ops.llmsqueeze.int8_linear(x, c.t(), s, None),
+        x.double() @ exact8.t(),
+    )  # fmt: skip
     for sparsity in (0.4, 0.5, 0.65):
         limit = x.abs().float().quantile(sparsity)
         threshold = limit.expand(columns).contiguous()
         kept_x = x.double() * (x.abs().float() > limit)
+        read = float((kept_x != 0).double().mean())
+        name = f"activations {sparsity:.0%}"
         yield compare(
-            weight, x, dense, f"activations {sparsity:.0%}", (stored,),
+            weight, x, dense, name, (stored,),
             lambda x, s, t=threshold: torch.ops.llmsqueeze.gated_linear(x, t, s.t(), None, None, None),
-            kept_x @ weight.double().t(), read=float((kept_x != 0).double().mean()),
+            kept_x @ weight.double().t(), read=read,
+        )  # fmt: skip
+        yield compare(
+            weight, x, dense, f"{name} × 2:4-out", (columns24.values, columns24.keep),
+            lambda x, v, k, t=threshold: torch.ops.llmsqueeze.gated_24_linear(
+                x, t, v, k, columns24.index, None, None, None, rows
+            ),
+            kept_x @ halved.double().t(), read=read,
+        )  # fmt: skip
+        yield compare(
+            weight, x, dense, f"{name} × int8", (stored8, scale),
+            lambda x, c, s, t=threshold: torch.ops.llmsqueeze.gated_int8_linear(
+                x, t, c.t(), s, None, None, None
+            ),
+            kept_x @ exact8.t(), read=read,
         )  # fmt: skip
 
 

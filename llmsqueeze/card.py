@@ -61,7 +61,8 @@ def sparsified_card(checkpoint: Checkpoint, source_name: str, record: Activation
         f"| gates | {len(record.gates)}, dropping {mean:.1%} of their inputs on average |",
         f"| prompt tokens gated | {record.prefill} |",
         "",
-        "Weights are those of the source; thresholds lie in `llmsqueeze.safetensors`. Load it with",
+        f"Weights are those of the source{_rounding(checkpoint)}; thresholds lie in "
+        "`llmsqueeze.safetensors`. Load it with",
         "",
         _LOAD,
         "",
@@ -93,6 +94,29 @@ def quantized_kv_card(checkpoint: Checkpoint, source_name: str, record: KvRecord
     ]
     tags = ["llmsqueeze", "kv-cache"]
     return _front_matter(checkpoint, source_name, tags) + "\n".join(body) + "\n"
+
+
+def encoded_card(checkpoint: Checkpoint, source_name: str, to: str, error: float) -> str:
+    """Card of a checkpoint whose linears were rounded."""
+    body = [
+        f"# {_short(source_name)}, linears in {to}",
+        "",
+        f"Made from `{source_name}`: every linear of every block rounded to nearest, with one scale for each",
+        f"output; {error:.2%} of a weight matrix on average (relative Frobenius norm). Load it with",
+        "",
+        _LOAD,
+        "",
+        "`llmsqueeze eval THIS --against ORIGINAL` measures what that cost on text of your choice.",
+    ]
+    tags = ["llmsqueeze", to]
+    return _front_matter(checkpoint, source_name, tags) + "\n".join(body) + "\n"
+
+
+def _rounding(checkpoint: Checkpoint) -> str:
+    last = checkpoint.steps[-1:]
+    return (
+        f", rounded to {last[0]['recipe']['to']}" if last and last[0]["command"] == "encode" else ""
+    )
 
 
 def converted_card(checkpoint: Checkpoint, source_name: str, format: str) -> str:

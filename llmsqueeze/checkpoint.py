@@ -24,7 +24,8 @@ from transformers.initialization import no_init_weights
 
 from llmsqueeze.activation import ActivationRecord, read_side_tensors, side_tensors
 from llmsqueeze.architectures import family_of
-from llmsqueeze.artifact import BITMASK_PARTS, Manifest, SiteRecord, decode, read_manifest
+from llmsqueeze.artifact import Manifest, SiteRecord, decode, read_manifest
+from llmsqueeze.encodings import ENCODINGS
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.kv_record import KvRecord, kv_tensors, read_kv_tensors
 from llmsqueeze.shards import DTYPES, StoredTensor, list_shards, load, read_headers
@@ -35,14 +36,14 @@ _OBSOLETE = (r"rotary_emb\.inv_freq$", r"\.attention\.(masked_)?bias$")
 
 
 @dataclass(frozen=True)
-class BitmaskSource:
-    """A compressed site: its record and where the three parts lie."""
+class PackedSource:
+    """A compressed site: its record and where the parts of its encoding lie."""
 
     record: SiteRecord
     parts: dict[str, StoredTensor]
 
 
-Source = StoredTensor | BitmaskSource
+Source = StoredTensor | PackedSource
 
 
 class Checkpoint:
@@ -162,8 +163,9 @@ class Checkpoint:
     def site_dtype(self, name: str) -> torch.dtype:
         """The dtype a parameter is stored in."""
         source = self.sources[name]
-        stored = source if isinstance(source, StoredTensor) else source.parts["values"]
-        return DTYPES[stored.dtype]
+        if isinstance(source, StoredTensor):
+            return DTYPES[source.dtype]
+        return DTYPES[source.parts[ENCODINGS[source.record.encoding].typed].dtype]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -316,14 +318,18 @@ class Checkpoint:
                     + ", ".join(_WEIGHT_DTYPES)
                 )
             return tensor
-        parts = {part: rest.pop(f"{name}_{part}", None) for part in BITMASK_PARTS}
+        encoding = ENCODINGS[record.encoding]
+        parts = {part: rest.pop(f"{name}_{part}", None) for part in encoding.parts}
         found = {part: tensor for part, tensor in parts.items() if tensor is not None}
         if len(found) < len(parts):
             return None
-        dtype = DTYPES.get(found["values"].dtype)
-        if str(dtype) != f"torch.{record.dtype}" or found["values"].shape != (record.nonzeros,):
+        dtype = DTYPES.get(found[encoding.typed].dtype)
+        values = found.get("values")
+        if str(dtype) != f"torch.{record.dtype}" or (
+            values is not None and values.shape != (record.nonzeros,)
+        ):
             raise CheckpointError(f"{self.path}: {name} is not stored as the manifest says")
-        return BitmaskSource(record, found)
+        return PackedSource(record, found)
 
     def _check_tied(self, copy: StoredTensor, original: Source | None) -> None:
         """A tied parameter may be stored twice, if both are the same."""
@@ -362,7 +368,8 @@ def place(
 
 def _owner(name: str) -> str:
     """The parameter that a stored tensor belongs to: itself, or the weight it is a part of."""
-    for part in BITMASK_PARTS:
-        if name.endswith(f".weight_{part}"):
-            return name.removesuffix(f"_{part}")
+    for encoding in ENCODINGS.values():
+        for part in encoding.parts:
+            if name.endswith(f".weight_{part}"):
+                return name.removesuffix(f"_{part}")
     return name

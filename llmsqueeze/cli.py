@@ -26,6 +26,8 @@ from llmsqueeze.command import (
 )
 from llmsqueeze.compress_command import compress
 from llmsqueeze.doctor_command import doctor
+from llmsqueeze.encode_recipe import ENCODES, EncodeRecipe
+from llmsqueeze.errors import RecipeError
 from llmsqueeze.eval_command import evaluate
 from llmsqueeze.prune_command import prune
 from llmsqueeze.quantize_kv_command import quantize_kv
@@ -145,10 +147,11 @@ def inspect(
 
 
 @cli.command(
-    help=f"""Rewrite CHECKPOINT without changing a bit of any weight.
+    help=f"""Rewrite CHECKPOINT without changing a bit of any weight, unless --encode says so.
 
 To dense: zeros in place, loads in every tool, same size and same speed as the original.
-To llmsqueeze: bitmask and packed non-zeros, smaller on disk.
+To llmsqueeze: every linear in the smallest encoding that gives it back: a bitmask and packed non-zeros, or
+bytes and scales.
 
 {CHECKPOINT_HELP}
 """
@@ -156,6 +159,9 @@ To llmsqueeze: bitmask and packed non-zeros, smaller on disk.
 @click.argument("checkpoint")
 @click.option("-o", "--out", required=True, type=click.Path(path_type=Path), help="New directory.")
 @click.option("--to", "format", type=click.Choice(["dense", "llmsqueeze"]), required=True)
+@click.option("--encode", type=click.Choice(ENCODES),
+              help="Round the weights of all linears to nearest, with one scale for each output: half the "
+              "bytes.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
 @checkpoint_options
 @common
@@ -164,6 +170,7 @@ def convert(
     checkpoint: str,
     out: Path,
     format: str,
+    encode: str | None,
     overwrite: bool,
     offline: bool,
     cache_dir: Path,
@@ -172,13 +179,26 @@ def convert(
     from llmsqueeze.artifact import check_output
     from llmsqueeze.console import facts, size
 
+    if encode and format == "dense":
+        raise RecipeError("--encode needs --to llmsqueeze: the dense form has no place for codes")
     check_output(out, overwrite)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     with console.steps() as progress:
-        manifest = library.convert(
-            opened, name, out, format, overwrite=overwrite, note=console.note,
-            on_block=lambda b: progress("converting block", b.index + 1, b.total, f"{b.seconds:.1f} s"),
-        )  # fmt: skip
+
+        def on_block(done: library.BlockDone) -> None:
+            progress("converting block", done.index + 1, done.total, f"{done.seconds:.1f} s")
+
+        common: dict[str, Any] = {
+            "overwrite": overwrite,
+            "note": console.note,
+            "on_block": on_block,
+        }
+        if encode:
+            from llmsqueeze.encoded import encode as encode_checkpoint
+
+            manifest = encode_checkpoint(opened, name, out, EncodeRecipe(encode), **common)
+        else:
+            manifest = library.convert(opened, name, out, format, **common)
     document = {
         "out": str(out),
         "format": format,
@@ -189,6 +209,11 @@ def convert(
         "format": format + (": same size, same speed as the original" if format == "dense" else ""),
         "size": f"{size(manifest.bytes_before)} → {size(manifest.bytes_after)}",
     }
+    if encode:
+        error = manifest.steps[-1]["rounding_error"]
+        document["rounding_error"] = error
+        rows["rounding"] = f"{error:.2%} of a weight matrix on average"
+        rows["next"] = f"llmsqueeze eval {out} --against {checkpoint}"
     console.result(document, facts(str(out), rows))
 
 
@@ -201,6 +226,8 @@ def _step(step: dict[str, Any]) -> str:
         )
     if step["command"] == "quantize-kv":
         return f"{recipe['method']}, {recipe['bits']} bits, {source}"
+    if step["command"] == "encode":
+        return f"linears to {recipe['to']}, {source}"
     method = recipe["method"] or "other thresholds,"
     return f"{method} {recipe['sparsity']:.0%} of the inputs, prompt {recipe['prefill']}, {source}"
 

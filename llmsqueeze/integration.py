@@ -16,9 +16,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from llmsqueeze.artifact import BITMASK_PARTS
+from llmsqueeze.encodings import ENCODINGS, Encoding
 from llmsqueeze.errors import CheckpointError
-from llmsqueeze.numerics.packing import unpack_bitmask
 
 
 @register_quantization_config("llmsqueeze")
@@ -38,9 +37,10 @@ class LlmsqueezeConfig(QuantizationConfigMixin):
 
 
 class _Decode(ConversionOps):
-    """values + mask + row_offsets → weight, in the dtype the model was asked for."""
+    """The parts of an encoding → weight, in the dtype the model was asked for."""
 
-    def __init__(self, hf_quantizer: HfQuantizer) -> None:
+    def __init__(self, hf_quantizer: HfQuantizer, encoding: Encoding) -> None:
+        self.encoding = encoding
         # The attribute tells transformers to leave the parts' dtypes to this operation.
         self.hf_quantizer = hf_quantizer
 
@@ -54,9 +54,9 @@ class _Decode(ConversionOps):
         model: nn.Module,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        parts = [_single(input_dict[_pattern(part)]) for part in BITMASK_PARTS]
+        parts = {part: _single(input_dict[_pattern(part)]) for part in self.encoding.parts}
         expected = model.get_parameter(full_layer_name)
-        weight = unpack_bitmask(parts[0], parts[1], parts[2], expected.shape[1])
+        weight = self.encoding.decode(parts, expected.shape[1])
         return {full_layer_name: weight.to(expected.dtype)}
 
 
@@ -92,8 +92,12 @@ class LlmsqueezeQuantizer(HfQuantizer):
         return model
 
     def get_weight_conversions(self) -> list[WeightConverter]:
-        patterns = [_pattern(part) for part in BITMASK_PARTS]
-        return [WeightConverter(patterns, "weight", [_Decode(self)])]
+        return [
+            WeightConverter(
+                [_pattern(part) for part in encoding.parts], "weight", [_Decode(self, encoding)]
+            )
+            for encoding in ENCODINGS.values()
+        ]
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         return True  # after loading, the model is dense

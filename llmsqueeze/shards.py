@@ -35,6 +35,7 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "U8": torch.uint8,
+    "I8": torch.int8,
     "I32": torch.int32,
 }
 

@@ -30,6 +30,8 @@ from llmsqueeze.compress import (
     versions,
 )
 from llmsqueeze.device import calibration_dtype, exact_matmul, worker
+from llmsqueeze.encode_recipe import EncodeRecipe
+from llmsqueeze.encoded import EncodedCheckpoint, note_losses
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.gate_calibration import ALREADY_SPARSE, calibrate_block, choose_gates
 from llmsqueeze.methods.greedy import MOST
@@ -59,14 +61,15 @@ def sparsify(
     recipe: SparsifyRecipe,
     device: torch.device,
     *,
+    encode: EncodeRecipe | None = None,
     overwrite: bool = False,
     note: Callable[[str], None] = lambda message: None,
     on_block: Callable[[BlockDone], None] = lambda done: None,
 ) -> Report:
     """Calibrate gates on the weights of a checkpoint and write it with them to `out`.
 
-    Weights stay as they are, bit for bit, unless the recipe rotates them. Raises RecipeError before any
-    work when the request does not fit the checkpoint or `out`.
+    Weights stay as they are, bit for bit, unless the recipe rotates them or `encode` has them rounded
+    first. Raises RecipeError before any work when the request does not fit the checkpoint or `out`.
     """
     started = time.monotonic()
     check_output(out, overwrite)
@@ -82,6 +85,9 @@ def sparsify(
         torch.no_grad(),
     ):
         hashes = {file.name: hashing.submit(hash_file, file) for file in identity}
+        if encode:
+            note_losses(source, note)
+            checkpoint = source = EncodedCheckpoint(checkpoint, source_name, encode)
         asked = _resolve(checkpoint, recipe)
         calibration, windows = plan.calibration_tokens(checkpoint, asked)
         recipe = dataclasses.replace(recipe, calibration=calibration)
@@ -106,12 +112,13 @@ def sparsify(
                 gates[loaded.prefix + state.spec.at] = state.record(loaded.prefix)
                 tensors |= {n: t.cpu() for n, t in state.tensors(loaded.prefix).items()}
             known = checkpoint.site_reports
-            sites = {n.removesuffix(".weight") for n in loaded.tensors} & known.keys()
+            # Not a set operation on its keys: a reader may be adding those of the next block.
+            sites = [n.removesuffix(".weight") for n in loaded.tensors]
             store_block(
                 writer,
                 checkpoint,
                 {name: tensor.cpu() for name, tensor in loaded.tensors.items()},
-                {name: known[name] for name in sites},
+                {name: known[name] for name in sites if name in known},
             )
             seconds = time.monotonic() - block_started
             on_block(BlockDone(loaded.index, checkpoint.block_count, seconds))

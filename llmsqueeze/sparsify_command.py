@@ -18,6 +18,7 @@ from llmsqueeze.command import (
     device_option,
     open_checkpoint,
 )
+from llmsqueeze.encode_recipe import ENCODES, EncodeRecipe
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.methods import ACTIVATION_METHODS
 from llmsqueeze.recipe import config_fields, read_recipe
@@ -82,6 +83,9 @@ named.
 @click.option("--rotate", is_flag=True, default=None,
               help="Experiment: first rotate the residual stream towards orthogonal columns, by one "
               "rotation folded into all weights. The function stays; the head is untied.")  # fmt: skip
+@click.option("--encode", type=click.Choice(ENCODES),
+              help="Round the weights of all linears first, to nearest, with one scale for each output; "
+              "thresholds are calibrated on the rounded ones.")  # fmt: skip
 @click.option("--ignore", multiple=True, metavar="NAME",
               help="Linear that reads everything: full name, last part (v_proj), or re:REGEX. "
               "Repeatable.")  # fmt: skip
@@ -96,6 +100,7 @@ def sparsify(
     checkpoint: str,
     out: Path,
     recipe_file: Path | None,
+    encode: str | None,
     overwrite: bool,
     device: str,
     offline: bool,
@@ -115,7 +120,7 @@ def sparsify(
     check_output(out, overwrite)
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
-    if opened.activation and not raw and set(given) <= {"sparsity", "prefill"}:
+    if opened.activation and not raw and not encode and set(given) <= {"sparsity", "prefill"}:
         console.note("thresholds come from the stored quantiles; name --method to calibrate again")
         library.change_sparsity(
             opened, name, out, recipe.sparsity, given.get("prefill"), overwrite=overwrite
@@ -125,6 +130,7 @@ def sparsify(
     with console.steps() as progress:
         report = library.sparsify(
             opened, name, out, recipe, where, overwrite=overwrite, note=console.note,
+            encode=EncodeRecipe(encode) if encode else None,
             on_block=lambda b: progress("calibrating block", b.index + 1, b.total, f"{b.seconds:.1f} s"),
         )  # fmt: skip
     document = {
@@ -139,6 +145,12 @@ def sparsify(
         + " host"
         + (f", {size(report.peak_device_bytes)} device" if report.peak_device_bytes else ""),
     }
+    if encode:
+        error = next(s for s in report.manifest.steps[::-1] if s["command"] == "encode")[
+            "rounding_error"
+        ]
+        document["rounding_error"] = error
+        rows["weights"] = f"{encode}, {error:.2%} off on average"
     _report(console, opened, Checkpoint(out), checkpoint, document, rows)
 
 

@@ -19,6 +19,8 @@ from llmsqueeze.artifact import check_output
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.compress import BlockDone, Pruning, check_not_inside, prune
 from llmsqueeze.device import exact_matmul, worker
+from llmsqueeze.encode_recipe import EncodeRecipe
+from llmsqueeze.encoded import encode
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.kv_recipe import KvRecipe
 from llmsqueeze.quantize_kv import quantize_kv
@@ -28,8 +30,10 @@ from llmsqueeze.sparsify_recipe import SparsifyRecipe
 from llmsqueeze.streamed import StreamedCheckpoint
 
 # In the order in which they are done: thresholds and codebooks are calibrated on the weights that will run.
-RECIPES: dict[str, type[PruneRecipe] | type[SparsifyRecipe] | type[KvRecipe]] = {
+Recipe = PruneRecipe | EncodeRecipe | SparsifyRecipe | KvRecipe
+RECIPES: dict[str, type[Recipe]] = {
     "prune": PruneRecipe,
+    "encode": EncodeRecipe,
     "sparsify": SparsifyRecipe,
     "quantize-kv": KvRecipe,
 }
@@ -40,7 +44,7 @@ class Step:
     """command: of RECIPES; recipe: its recipe."""
 
     command: str
-    recipe: PruneRecipe | SparsifyRecipe | KvRecipe
+    recipe: Recipe
 
 
 def parse_steps(raw: dict[str, Any]) -> list[Step]:
@@ -110,13 +114,15 @@ def run_steps(
 
 
 def _stages(steps: list[Step]) -> list[list[Step]]:
-    """Steps that are done in one walk over the model together."""
+    """Steps that are done in one walk over the model together: those before sparsify, with it."""
     stages: list[list[Step]] = []
-    for step in steps:
-        # A rotation rewrites all weights before it calibrates: it needs them all.
-        rotated = isinstance(step.recipe, SparsifyRecipe) and step.recipe.rotate
-        if step.command == "sparsify" and stages and not rotated:
-            stages[-1].append(step)
+    for index, step in enumerate(steps):
+        if step.command == "sparsify":
+            # A rotation rewrites all weights before it calibrates: it needs those of pruning in a file.
+            assert isinstance(step.recipe, SparsifyRecipe)
+            together = [s for s in steps[:index] if s.command == "encode" or not step.recipe.rotate]
+            stages = [[s] for s in steps[:index] if s not in together]
+            stages.append([*together, step])
         else:
             stages.append([step])
     return stages
@@ -134,24 +140,28 @@ def _run(
 ) -> None:
     step = stage[-1]
     recipe = step.recipe
+    encoding = next((s.recipe for s in stage if isinstance(s.recipe, EncodeRecipe)), None)
 
     def done(block: BlockDone) -> None:
         on_block(step.command, block)
 
     common: dict[str, Any] = {"overwrite": overwrite, "on_block": done}
-    if len(stage) == 2:
-        first = stage[0].recipe
-        assert isinstance(first, PruneRecipe) and isinstance(recipe, SparsifyRecipe)
+    first = stage[0].recipe
+    if isinstance(recipe, SparsifyRecipe) and isinstance(first, PruneRecipe):
         pruning = Pruning(checkpoint, first, device, note=note)
         pruning.prepare()
         with worker() as hashing, exact_matmul():
             streamed = StreamedCheckpoint(
                 pruning, source_name, hashing, lambda block: on_block("prune", block)
             )
-            sparsify(streamed, source_name, out, recipe, device, note=note, **common)
+            sparsify(
+                streamed, source_name, out, recipe, device, encode=encoding, note=note, **common
+            )
     elif isinstance(recipe, PruneRecipe):
         prune(checkpoint, source_name, out, recipe, device, note=note, **common)
     elif isinstance(recipe, SparsifyRecipe):
-        sparsify(checkpoint, source_name, out, recipe, device, note=note, **common)
+        sparsify(checkpoint, source_name, out, recipe, device, encode=encoding, note=note, **common)
+    elif isinstance(recipe, EncodeRecipe):
+        encode(checkpoint, source_name, out, recipe, note=note, **common)
     else:
         quantize_kv(checkpoint, source_name, out, recipe, device, **common)

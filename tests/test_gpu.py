@@ -226,6 +226,65 @@ def test_gated_kernels_find_the_product(rows: int, columns: int, dtype: torch.dt
         assert bool(y.isnan().all())  # it shows, whatever the threshold
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(16, 256), (576, 576), (192, 577), (40, 264), (256, 14336), (20000, 512)]
+)
+def test_kernels_behind_gates_read_packed_weights(
+    rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    from llmsqueeze.numerics import int8, outputs24
+    from llmsqueeze.numerics.masks import keep_nm_out
+    from llmsqueeze.ops import input_major, round_down
+
+    operators = torch.ops.llmsqueeze
+    weight = torch.randn(rows, columns, device="cuda").to(dtype)
+    bias = torch.randn(rows, device="cuda").to(dtype)
+    codes, largest = int8.encode(weight)
+    codes, scale = input_major(codes), int8.scales(largest)
+    exact = codes.double() * scale.double()[:, None]
+    each = torch.rand(columns, device="cuda") * 1.5
+    for threshold in (each, round_down(each, dtype), each[:1]):
+        for tokens in (1, 2):
+            x = torch.randn(tokens, columns, device="cuda").to(dtype)
+            kept = x.double() * (x.float().abs() > threshold)
+            y = operators.gated_int8_linear(x, threshold, codes, scale, bias, None, None)
+            assert _off(y, kept @ exact.t() + bias.double()) < ROUNDING[dtype]
+            for budget in (0.0, 0.02):
+                halved = weight * keep_nm_out(weight.float().abs(), 2, 4, budget)
+                packed = outputs24.pack(halved)
+                assert torch.equal(outputs24.unpack(packed, rows, columns), halved)
+                fields = packed.values, packed.keep, packed.index
+                y = operators.gated_24_linear(x, threshold, *fields, bias, None, None, rows)
+                assert _off(y, kept @ halved.double().t() + bias.double()) < ROUNDING[dtype]
+    for tokens in (1, 2, 70):
+        x = torch.randn(tokens, columns, device="cuda").to(dtype)
+        y = operators.int8_linear(x, codes, scale, bias)
+        assert _off(y, x.double() @ exact.t() + bias.double()) < ROUNDING[dtype]
+        y = operators.outputs24_linear(x, *fields, bias[5:], 5, rows)
+        assert _off(y, (x.double() @ halved.double().t() + bias.double())[:, 5:]) < ROUNDING[dtype]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # inductor's own
+@pytest.mark.parametrize("format", ["int8", "2:4-out", "plain"])
+def test_a_model_with_gates_decodes_in_a_graph(format: str) -> None:
+    from llmsqueeze.runtime.generate import Decoder
+    from llmsqueeze.runtime.linears import use_kernels
+    from tests.test_linears import IDS, gated_model, logits, of_format
+
+    model = of_format(gated_model(), format).cuda()
+    one = IDS[:1, :1].cuda()
+    expected = [logits(model, IDS.cuda()), logits(model, one)]
+    dense = [int(token) for token in Decoder(model, 32).generate(IDS[0], 12)]
+    report = use_kernels(model)
+    assert report.formats["gated" if format == "plain" else f"gated {format}"] == 12
+    for ids, reference in zip((IDS.cuda(), one), expected, strict=True):
+        assert _off(logits(model, ids), reference.double()) < 0.02
+    plain = [int(token) for token in Decoder(model, 32).generate(IDS[0], 12)]
+    compiled = [int(token) for token in Decoder(model, 32, compiled=True).generate(IDS[0], 12)]
+    assert plain[0] == dense[0] == compiled[0]
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # inductor's own
 @pytest.mark.parametrize("kind", ["2:4", "0.5"])
 def test_a_model_on_kernels_decodes_in_a_graph(kind: str) -> None:

@@ -12,16 +12,23 @@ from torch import Tensor, nn
 
 from llmsqueeze.activation import Policy
 from llmsqueeze.errors import EnvironmentFault, RecipeError
-from llmsqueeze.numerics import gaps, sparse24
+from llmsqueeze.numerics import gaps, int8, outputs24, sparse24
+from llmsqueeze.numerics.masks import keep_nm_out
 from llmsqueeze.ops import gated_linear, input_major, is_input_major
 from llmsqueeze.runtime.gates import GateParts, gating_of, install, remove
 from llmsqueeze.runtime.generate import Decoder
 from llmsqueeze.runtime.linears import (
     FusedPart,
     GapLinear,
+    Gated24Product,
+    GatedInt8Product,
     GatedPart,
+    GatedProduct,
+    Int8Linear,
     Sparse24Linear,
     _check,
+    _compact,
+    _packed_kind,
     pack_linears,
     use_kernels,
 )
@@ -149,6 +156,68 @@ def test_a_packed_model_with_gates_computes_the_same(rank: int) -> None:
     assert 0.05 < sum(gating.sparsity().values()) / len(gating.sparsity()) < 0.95
 
 
+def of_format(model: Any, format: str) -> Any:
+    """The same model with weights that `format` gives back."""
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear) and "head" not in name:
+                weight = module.weight
+                if format == "int8":
+                    weight.copy_(int8.round_weight(weight))
+                elif format == "2:4-out":
+                    weight.mul_(keep_nm_out(weight.float().abs(), 2, 4, 0.05))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("format", "kind"), [("int8", GatedInt8Product), ("2:4-out", Gated24Product)]
+)
+@pytest.mark.parametrize("rank", [0, 4])
+def test_gates_before_packed_weights_compute_the_same(format: str, kind: type, rank: int) -> None:
+    model = of_format(gated_model(rank), format)
+    inputs = [IDS, IDS[:1, :1]]
+    expected = [logits(model, ids) for ids in inputs]
+    report = pack_linears(model, CPU)
+    assert report.formats[f"gated {format}"] == 12
+    assert format != "int8" or report.bytes_after < 0.8 * report.bytes_before  # 2:4 pads rows to 16
+    products = [m for m in model.modules() if isinstance(m, GatedProduct)]
+    assert {type(m) for m in products} == {kind}
+    assert all(m.limit.numel() == 1 for m in products)  # equal thresholds are kept once
+    for ids, reference in zip(inputs, expected, strict=True):
+        assert float((logits(model, ids) - reference).norm() / reference.norm()) < 0.01
+
+
+def test_thresholds_are_kept_in_the_dtype_of_weights() -> None:
+    threshold = torch.tensor([0.1, 0.2, -1.0, torch.inf])
+    compact = _compact(threshold, torch.bfloat16)
+    assert compact.dtype == torch.bfloat16
+    x = torch.tensor([0.1, 0.2, 0.0, 3.0]).bfloat16().repeat(200, 1)
+    x += torch.randn(200, 4, generator=torch.Generator().manual_seed(0)).bfloat16() * 0.01
+    gate = torch.ops.llmsqueeze.gate
+    assert torch.equal(gate(x, compact), gate(x, threshold))
+    assert torch.equal(
+        gate(x, _compact(threshold[:1].expand(4), torch.bfloat16)), gate(x, threshold[:1])
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt_neox"])
+def test_weights_of_eight_bits_need_no_gate(family: str) -> None:
+    model = of_format(tiny_model(family).to(torch.bfloat16), "int8")
+    expected = logits(model)
+    report = pack_linears(model, CPU)
+    assert set(report.formats) == {"int8"}
+    assert any(isinstance(m, Int8Linear) for m in model.modules())
+    assert float((logits(model) - expected).norm() / expected.norm()) < 0.01
+
+
+def test_pruned_weights_of_eight_bits_take_the_faster_kernel() -> None:
+    weight = torch.randn(64, 64)
+    for sparsity, kind in ((0.45, Int8Linear), (0.7, GapLinear)):
+        kept = (torch.rand(64, 64) >= sparsity).float()
+        assert _packed_kind(int8.round_weight((weight * kept).bfloat16())) is kind
+    assert _packed_kind(weight.bfloat16()) is None
+
+
 def test_gates_can_be_taken_out() -> None:
     model = gated_model()
     plain = logits(tiny_model().to(torch.bfloat16), IDS[:1, :1])
@@ -197,6 +266,52 @@ def operator_arguments() -> dict[str, tuple[Any, ...]]:
         "gap_linear": (x, *gap, packed.order, bias, 40, 4, 2, packed.blocks, packed.reach),
         "weight": (weight,),
     }
+
+
+def gated_arguments() -> dict[str, tuple[Any, ...]]:
+    """Of the operators behind gates: arguments, and the weight they stand for."""
+    weight = torch.randn(40, 24).bfloat16()
+    halved = weight * keep_nm_out(weight.float().abs(), 2, 4, 0.1)
+    codes, largest = int8.encode(weight)
+    rounded, packed = int8.round_weight(weight), outputs24.pack(halved)
+    x, threshold, bias = torch.randn(2, 24).bfloat16(), torch.rand(24), torch.randn(40).bfloat16()
+    up, down = torch.randn(40, 3).bfloat16(), torch.randn(3, 24).bfloat16()
+    eight, columns = (
+        (input_major(codes), int8.scales(largest)),
+        (packed.values, packed.keep, packed.index),
+    )
+    return {
+        "gated_linear": (rounded, x, threshold, input_major(rounded), bias, up, down),
+        "gated_int8_linear": (rounded, x, threshold, *eight, bias, up, down),
+        "gated_24_linear": (halved, x, threshold, *columns, bias, up, down, 40),
+        "int8_linear": (rounded, x, *eight, bias),
+        "outputs24_linear": (halved[5:33], x, *columns, bias[5:33], 5, 33),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(gated_arguments()))
+def test_operators_behind_gates_keep_torchs_contract(name: str) -> None:
+    weight, *call = gated_arguments()[name]
+    operator = getattr(torch.ops.llmsqueeze, name)
+    torch.library.opcheck(operator, tuple(call))
+    x = call[0].double()
+    branch: Any = 0.0
+    if "gated" in name:
+        bias, up, down = (
+            t for t in call[-4 if name == "gated_24_linear" else -3 :] if isinstance(t, Tensor)
+        )
+        kept = x * (x.abs() > call[1].double())
+        branch = (x - kept) @ down.double().t() @ up.double().t()
+        x = kept
+    elif name == "outputs24_linear":
+        bias = call[-3]
+    else:
+        bias = call[-1]
+    expected = x @ weight.double().t() + bias.double() + branch
+    found = operator(*call)
+    assert float((found.double() - expected).norm() / expected.norm()) < 4e-3
+    compiled = torch.compile(lambda x: operator(x, *call[1:]), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(call[0]), found)
 
 
 @pytest.mark.parametrize("name", ["sparse24_linear", "gap_linear"])

@@ -57,8 +57,3 @@ def unpack_bitmask(values: Tensor, mask: Tensor, row_offsets: Tensor, columns: i
     weight = torch.zeros(rows, columns, dtype=bits.dtype, device=values.device)
     weight.masked_scatter_(present, bits)
     return weight.view(values.dtype)
-
-
-def bitmask_bytes(rows: int, columns: int, nonzeros: int, element_size: int) -> int:
-    """Bytes of the three parts together."""
-    return nonzeros * element_size + rows * -(-columns // 8) + 4 * (rows + 1)

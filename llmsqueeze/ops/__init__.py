@@ -7,13 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.numerics import gaps, sparse24
+from llmsqueeze.numerics import gaps, int8, outputs24, sparse24
 
 _LIBRARY = torch.library.Library("llmsqueeze", "DEF")
 _LIBRARY.define("gate(Tensor x, Tensor threshold) -> Tensor")
 _LIBRARY.define(
     "gated_linear(Tensor x, Tensor threshold, Tensor weight, Tensor? bias, Tensor? up, Tensor? down)"
     " -> Tensor"
+)
+_LIBRARY.define(
+    "gated_int8_linear(Tensor x, Tensor threshold, Tensor codes, Tensor scale, Tensor? bias, Tensor? up,"
+    " Tensor? down) -> Tensor"
+)
+_LIBRARY.define(
+    "gated_24_linear(Tensor x, Tensor threshold, Tensor values, Tensor keep, Tensor? index, Tensor? bias,"
+    " Tensor? up, Tensor? down, int rows) -> Tensor"
+)
+_LIBRARY.define("int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias) -> Tensor")
+_LIBRARY.define(
+    "outputs24_linear(Tensor x, Tensor values, Tensor keep, Tensor? index, Tensor? bias, int begin,"
+    " int end) -> Tensor"
 )
 _LIBRARY.define("sparse24_linear(Tensor x, Tensor stream, Tensor? bias, int rows) -> Tensor")
 _LIBRARY.define(
@@ -25,8 +38,9 @@ _LIBRARY.define(
 def gate(x: Tensor, threshold: Tensor) -> Tensor:
     """x where |x_j| > threshold_j, compared in fp32, else 0.
 
-    x: [..., in], any float dtype; threshold: [in] fp32, -1 keeps all, inf none. NaN, and infinity that
-    would be dropped, come out as NaN: they show instead of vanishing.
+    x: [..., in], any float dtype; threshold: [in], or [1] for all, fp32 or what round_down makes of it for
+    x's dtype; -1 keeps all, inf none. NaN, and infinity that would be dropped, come out as NaN: they show
+    instead of vanishing.
     """
     return keep_above(x, round_down(threshold, x.dtype))
 
@@ -73,20 +87,57 @@ def gated_linear(
     return y
 
 
+def gated_int8_linear(
+    x: Tensor, threshold: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
+    up: Tensor | None, down: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """gated_linear for W as numerics.int8.encode gives it: codes [out, in] int8, scale [out] fp32."""
+    weight = int8.decode(codes, scale, x.dtype)
+    return gated_linear(x, threshold, weight, bias, up, down)
+
+
+def gated_24_linear(
+    x: Tensor, threshold: Tensor, values: Tensor, keep: Tensor, index: Tensor | None, bias: Tensor | None,
+    up: Tensor | None, down: Tensor | None, rows: int,
+) -> Tensor:  # fmt: skip
+    """gated_linear for W [rows, in] as numerics.outputs24.pack gives it."""
+    weight = outputs24.unpack(outputs24.Columns(values, keep, index), rows, x.shape[-1])
+    return gated_linear(x, threshold, weight, bias, up, down)
+
+
+def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + b for W as numerics.int8.encode gives it. x: [..., columns]; returns [..., rows]."""
+    return torch.nn.functional.linear(x, int8.decode(codes, scale, x.dtype), bias)
+
+
+def outputs24_linear(
+    x: Tensor, values: Tensor, keep: Tensor, index: Tensor | None, bias: Tensor | None, begin: int,
+    end: int,
+) -> Tensor:  # fmt: skip
+    """Rows begin to end of W x, + bias [end - begin], for W as numerics.outputs24.pack gives it.
+
+    What many tokens at once take: no input is skipped.
+    """
+    weight = outputs24.unpack(outputs24.Columns(values, keep, index), end, x.shape[-1])
+    return torch.nn.functional.linear(x, weight[begin:], bias)
+
+
 def input_major(weight: Tensor) -> Tensor:
     """The same [rows, columns] matrix, laid out so that each column lies in one piece, padded to 16 bytes.
 
-    What the CUDA kernel of gated_linear reads: it skips whole columns.
+    What the CUDA kernels behind gates read: they skip whole columns. Of int8 or a 16-bit float.
     """
     rows, columns = weight.shape
-    stored = weight.new_zeros(columns, -(-rows // 8) * 8)
+    span = 16 // weight.element_size()
+    stored = weight.new_zeros(columns, -(-rows // span) * span)
     stored[:, :rows] = weight.t()
     return stored[:, :rows].t()
 
 
 def is_input_major(weight: Tensor) -> bool:
     """Whether a matrix is laid out as input_major lays it out."""
-    return weight.stride(0) == 1 and weight.stride(1) % 8 == 0 and weight.data_ptr() % 16 == 0
+    piece = weight.stride(1) * weight.element_size()
+    return weight.stride(0) == 1 and piece % 16 == 0 and weight.data_ptr() % 16 == 0
 
 
 def sparse24_linear(x: Tensor, stream: Tensor, bias: Tensor | None, rows: int) -> Tensor:
@@ -127,6 +178,28 @@ def _gated_linear_shape(
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+def _int8_shape(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _gated_int8_shape(x: Tensor, threshold: Tensor, codes: Tensor, *rest: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _gated_24_shape(
+    x: Tensor, threshold: Tensor, values: Tensor, keep: Tensor, index: Tensor | None, bias: Tensor | None,
+    up: Tensor | None, down: Tensor | None, rows: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _outputs24_shape(
+    x: Tensor, values: Tensor, keep: Tensor, index: Tensor | None, bias: Tensor | None, begin: int,
+    end: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*x.shape[:-1], end - begin)
+
+
 def _sparse24_shape(x: Tensor, stream: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows)
 
@@ -153,6 +226,10 @@ def _on_cuda(name: str) -> Any:
 _LIBRARY.impl("gate", gate, "CompositeExplicitAutograd")
 for _function, _shape in (
     (gated_linear, _gated_linear_shape),
+    (gated_int8_linear, _gated_int8_shape),
+    (gated_24_linear, _gated_24_shape),
+    (int8_linear, _int8_shape),
+    (outputs24_linear, _outputs24_shape),
     (sparse24_linear, _sparse24_shape),
     (gap_linear, _gap_shape),
 ):

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from llmsqueeze.errors import EnvironmentFault
-from llmsqueeze.ops import cuda
+from llmsqueeze.numerics import int8
+from llmsqueeze.ops import cuda, is_input_major, round_down
 
 # Beyond so many rows of x weights are expanded, and cuBLAS multiplies them.
 SPARSE24_TOKENS = 64
 GAP_TOKENS = 8
+INT8_TOKENS = 2
+# FORMAT of gated.cu.
+PLAIN, INT8, OUTPUTS24 = range(3)
 # Tiles of 8 tokens (0: up to four tokens) → bands of 16 rows to a block, warps to a band: the fastest on an
 # H100 for matrices of many rows, and of fewer than _WIDE.
 SPARSE24_WIDE = {0: (1, 8), 1: (2, 4), 2: (4, 2), 4: (4, 2), 8: (8, 1)}
@@ -99,53 +104,156 @@ def gated_linear(
     down: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """weight: [rows, columns] as a view of an input-major matrix, see input_major."""
-    if weight.shape[1] % 2:
-        threshold = pad(threshold, (0, 1), value=torch.inf)
-    x, tokens, columns = _matrix(x, 2)
-    rows = weight.shape[0]
-    if weight.stride(0) != 1 or weight.stride(1) % 8:
-        raise EnvironmentFault("gated_linear: on CUDA weights must be input-major: ops.input_major")
+    _check_input_major(weight)
+    y = _gated(
+        PLAIN, x, threshold, weight, bias, len(weight), weight.shape[1], weight.stride(1) // 8
+    )
+    return _with_branch(y, x, threshold, up, down)
+
+
+def gated_int8_linear(
+    x: Tensor, threshold: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
+    up: Tensor | None, down: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """codes: [rows, columns] as a view of an input-major matrix, see input_major."""
+    y = _gated_int8(x, threshold, codes, scale, bias)
+    return _with_branch(y, x, threshold, up, down)
+
+
+def gated_24_linear(
+    x: Tensor, threshold: Tensor, values: Tensor, keep: Tensor, index: Tensor | None,
+    bias: Tensor | None, up: Tensor | None, down: Tensor | None, rows: int,
+) -> Tensor:  # fmt: skip
+    stored, spans = keep.shape
+    y = _gated(OUTPUTS24, x, threshold, values, bias, rows, stored, spans, meta=keep, index=index)
+    return _with_branch(y, x, threshold, up, down)
+
+
+def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """codes: as gated_int8_linear."""
+    x, tokens, _ = _matrix(x, 1)
+    if tokens <= INT8_TOKENS and is_input_major(codes):
+        return _gated_int8(x, None, codes, scale, bias)
+
+    def expand(begin: int, end: int) -> Tensor:
+        return int8.decode(codes[begin:end], scale[begin:end], x.dtype)
+
+    return _expanded(x, bias, len(codes), expand)
+
+
+def outputs24_linear(
+    x: Tensor, values: Tensor, keep: Tensor, index: Tensor | None, bias: Tensor | None, begin: int,
+    end: int,
+) -> Tensor:  # fmt: skip
+    x, _, columns = _matrix(x, 1)
+    before = begin % 16  # rows are expanded in spans of 16
+
+    def expand(first: int, last: int) -> Tensor:
+        panel = _expand_outputs24(
+            values, keep, index, columns, begin - before + first, begin + last
+        )
+        return panel[before:] if before else panel
+
+    if before:
+        return linear(x, expand(0, end - begin).view(x.dtype), bias)
+    return _expanded(x, bias, end - begin, expand)
+
+
+def _gated_int8(
+    x: Tensor, threshold: Tensor | None, codes: Tensor, scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    _check_input_major(codes)
+    rows, columns = codes.shape
+    return _gated(
+        INT8, x, threshold, codes, bias, rows, columns, codes.stride(1) // 16, scale=scale
+    )
+
+
+def _check_input_major(weight: Tensor) -> None:
+    if weight.stride(0) != 1 or weight.stride(1) * weight.element_size() % 16:
+        raise EnvironmentFault("gated weights on CUDA must be input-major: ops.input_major")
+
+
+def _gated(
+    format: int, x: Tensor, threshold: Tensor | None, weight: Tensor, bias: Tensor | None, rows: int,
+    columns: int, stride: int, *, scale: Tensor | None = None, meta: Tensor | None = None,
+    index: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """format, stride and the rest: see gated.cu. columns: stored ones."""
+    common, limits = threshold, None
+    if threshold is not None and threshold.numel() > 1:
+        common, limits = None, round_down(threshold, x.dtype)
+        if len(limits) % 2:
+            limits = pad(limits, (0, 1), value=torch.inf)
+    x, tokens, inputs = _matrix(x, 2)
     y = x.new_empty(*x.shape[:-1], rows)
     if not tokens:
         return y
-    clusters = cuda.is_hopper(x.device.index)
-    warps, tile, cluster, depth = gated_shape(
-        rows, columns, cuda.architecture(x.device.index)[1], clusters
-    )
-    share = -(-columns // (2 * cluster)) * 2
+    device = x.device.index
+    shape = gated_shape(format, rows, columns, cuda.architecture(device)[1], cuda.is_hopper(device))
+    share = -(-columns // (2 * shape.cluster)) * 2
+    if share > 65536:
+        raise EnvironmentFault(f"gated weights of {columns} inputs are too wide for the kernel")
+    warps, tile = shape.warps, shape.tile
     macros = {
-        "WARPS": warps, "TILE": tile, "CLUSTER": cluster, "DEPTH": depth,
-        "ITEMS": max(1, -(-share // (64 * warps))), "BLOCKS": 2 if share <= 8192 else 1,
+        "FORMAT": format, "WARPS": warps, "TILE": tile, "CLUSTER": shape.cluster,
+        "DEPTH": shape.depth, "ITEMS": max(1, -(-share // (64 * warps))), "BLOCKS": shape.blocks,
         "HALF": _half(x), "PDL": 0,
     }  # fmt: skip
     cuda.launch(
         "gated", macros, x,
-        (weight, x, threshold, y, bias, rows, columns, weight.stride(1) // 8),
-        grid=(-(-rows // tile) * cluster, tokens), block=32 * warps,
-        shared=8 * share + 4 * warps * tile, cluster=cluster,
+        (weight, x, common, limits, y, bias, scale, meta, index, rows, columns, inputs, stride),
+        grid=(-(-rows // tile) * shape.cluster, tokens), block=32 * warps,
+        shared=4 * share + 4 * warps * tile, cluster=shape.cluster,
     )  # fmt: skip
-    if up is not None and down is not None:
-        dropped = x - torch.ops.llmsqueeze.gate(x, threshold)
-        y = y + dropped[..., : weight.shape[1]] @ down.t() @ up.t()
     return y
 
 
+def _with_branch(
+    y: Tensor, x: Tensor, threshold: Tensor, up: Tensor | None, down: Tensor | None
+) -> Tensor:
+    if up is None or down is None:
+        return y
+    dropped = x - torch.ops.llmsqueeze.gate(x, threshold)
+    return y + dropped @ down.t() @ up.t()
+
+
+@dataclass(frozen=True)
+class GatedShape:
+    """warps of a block, rows of a tile, blocks of a cluster, loads in flight, blocks to a multiprocessor."""
+
+    warps: int
+    tile: int
+    cluster: int
+    depth: int
+    blocks: int = 2
+
+
 def gated_shape(
-    rows: int, columns: int, multiprocessors: int, clusters: bool
-) -> tuple[int, int, int, int]:
-    """Warps, tile, cluster and depth: on an H100 the fastest of those tried."""
+    format: int, rows: int, columns: int, multiprocessors: int, clusters: bool
+) -> GatedShape:
+    """On an H100 the fastest of those tried."""
+    wide = columns >= 8192
     if not clusters:
         tile = 32
         while tile < 256 and rows // tile > 2 * multiprocessors:
             tile *= 2
-        return 16, tile, 1, 4
+        return GatedShape(16, tile, 1, 4, 1 if wide else 2)
     if rows >= 128 * multiprocessors:
-        return 8, 256, 2, 8
+        return GatedShape(8, 128, 1, 6, 3)
+    if format == OUTPUTS24:
+        if rows >= 64 * multiprocessors:
+            return GatedShape(16, 128, 1, 4, 2)
+        if rows > 32 * multiprocessors and not wide:
+            return GatedShape(8, 256, 8, 6, 3)
+        return GatedShape(8, 128, 8, 4, 4)
     if rows >= 64 * multiprocessors:
-        return 16, 128, 2, 4
-    if columns >= 8192:
-        return 16, 256, 8, 4
-    return 16, 32, 1, 4
+        return GatedShape(8, 64, 1, 6, 3)
+    if wide:
+        return GatedShape(8, 128, 8, 6, 3)
+    if rows > 32 * multiprocessors:
+        return GatedShape(8, 32, 1, 6, 3)
+    return GatedShape(16, 32, 1, 6, 2)
 
 
 def _column_bytes(tokens: int) -> int:
@@ -209,3 +317,18 @@ def _expand_gaps(
         grid=((end - begin) // held, -(-columns // width)), block=256, shared=2 * held * width,
     )  # fmt: skip
     return panel
+
+
+def _expand_outputs24(
+    values: Tensor, keep: Tensor, index: Tensor | None, columns: int, begin: int, end: int
+) -> Tensor:
+    """[end - begin, columns], input-major. begin: divisible by 16."""
+    stored, spans = keep.shape
+    first, count = begin // 16, -(-(end - begin) // 16)
+    panel = torch.zeros(columns, 16 * count, dtype=torch.bfloat16, device=values.device)
+    cuda.launch(
+        "outputs24_expand", {"HALF": 0, "PDL": 0}, values,
+        (values, keep, index, panel, stored, spans, first, count),
+        grid=(-(-stored * count // 256), 1), block=256, shared=0,
+    )  # fmt: skip
+    return panel[:, : end - begin].t()

@@ -35,9 +35,17 @@ def all_variants(arch: str, dtype: torch.dtype) -> list[cuda.Variant]:
                         packed.first, None, None, 32, bits, parts, packed.blocks, packed.reach,
                     )  # fmt: skip
         for rows, columns in _GATED:
-            weight = torch.empty(columns, rows, dtype=dtype, device="meta").t()  # strides count
-            x = torch.zeros(1, columns, dtype=dtype)
-            kernels.gated_linear(x, torch.zeros(columns), weight, None, None, None)
+            x, threshold = torch.zeros(1, columns, dtype=dtype), torch.zeros(1)
+            # Only strides and shapes count.
+            weight = torch.empty(columns, -(-rows // 16) * 16, dtype=dtype, device="meta")
+            codes = weight.to(torch.int8).t()[:rows]
+            kernels.gated_linear(x, threshold, weight.t()[:rows], None, None, None)
+            kernels.gated_int8_linear(x, threshold, codes, weight[0, :rows], None, None, None)
+            keep = weight[:, ::16]
+            kernels.gated_24_linear(x, threshold, weight, keep, None, None, None, None, rows)
+        kernels.outputs24_linear(
+            torch.zeros(3, 64, dtype=dtype), x, torch.zeros(64, 1), None, None, 0, 16
+        )
         return sorted(found)
 
 
@@ -48,6 +56,7 @@ def warm(
 ) -> int:
     """Compile every variant that is not in the cache yet; how many there are. Needs no GPU."""
     found = sorted({variant for dtype in dtypes for variant in all_variants(arch, dtype)})
+    cuda.compiler()  # imported once, before threads do it all at a time
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(cuda.cubin, name, dict(macros), arch) for name, macros in found]
         for done, job in enumerate(jobs):

@@ -11,24 +11,28 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from llmsqueeze.errors import EnvironmentFault
-from llmsqueeze.numerics import gaps, sparse24
-from llmsqueeze.ops import input_major
+from llmsqueeze.numerics import gaps, int8, outputs24, sparse24
+from llmsqueeze.ops import input_major, round_down
 from llmsqueeze.runtime.gates import Gate, GatedLinear
 
 # Below, reading the gaps costs nearly what the zeros saved.
 LEAST_SPARSITY = 0.4
+# Below, int8 weights are read faster than gaps, at 8 bits a weight.
+BEST_SPARSITY = 0.55
 # Linears that are fed by one tensor, by their names: one product for all.
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]
     """y = W x + b for [out_features, in_features] weights that exist only in a kernel's layout."""
+
+    format: ClassVar[str]
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
@@ -43,6 +47,7 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
 class Sparse24Linear(PackedLinear):
     """At most two non-zeros in four: for sparse tensor cores. stream: see numerics.sparse24."""
 
+    format = "2:4"
     stream: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
@@ -59,6 +64,7 @@ class Sparse24Linear(PackedLinear):
 class GapLinear(PackedLinear):
     """Zeros anywhere: non-zeros and the gaps between them. Buffers and shape: see numerics.gaps.Gaps."""
 
+    format = "gaps"
     stream: Tensor
     starts: Tensor
     first: Tensor
@@ -79,6 +85,24 @@ class GapLinear(PackedLinear):
             x, self.stream, self.starts, self.first, self.order, self.bias, self.out_features,
             *self.shape,
         )  # fmt: skip
+        return y
+
+
+class Int8Linear(PackedLinear):
+    """Eight bits a weight. codes: [out, in], input-major; scale: [out]; see numerics.int8."""
+
+    format = "int8"
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        codes, largest = int8.encode(weight)
+        self.register_buffer("codes", input_major(codes), persistent=False)
+        self.register_buffer("scale", int8.scales(largest), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.int8_linear(x, self.codes, self.scale, self.bias)
         return y
 
 
@@ -113,23 +137,85 @@ class FusedPart(nn.Module):  # type: ignore[misc]
 
 
 class GatedProduct(nn.Module):  # type: ignore[misc]
-    """What the linears behind a gate put out, one after another, for tokens that the gate has to itself.
+    """What the linears behind a gate put out, one after another: [rows, columns] weights, all of them.
 
-    weight: [rows, columns], input-major; see ops.gated_linear.
+    forward: of tokens that the gate has to itself. rows: of inputs that were gated already, some outputs.
     """
 
+    format = "gated"
     weight: Tensor
+    limit: Tensor
 
     def __init__(self, gate: Gate, weight: Tensor, bias: Tensor | None, up: Tensor | None) -> None:
         super().__init__()
         self.gate = gate
-        self.register_buffer("weight", weight, persistent=False)
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("limit", _compact(gate.threshold, weight.dtype), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("up", up, persistent=False)
+        self.store(weight)
+
+    def store(self, weight: Tensor) -> None:
+        self.register_buffer("weight", input_major(weight), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gated_linear(
-            x, self.gate.threshold, self.weight, self.bias, self.up, self.gate.down
+            x, self.limit, self.weight, self.bias, self.up, self.gate.down
+        )
+        return y
+
+    def rows(self, x: Tensor, begin: int, end: int, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(x, self.weight[begin:end], bias)
+
+
+class GatedInt8Product(GatedProduct):
+    """With weights of eight bits; see Int8Linear."""
+
+    format = "gated int8"
+    codes: Tensor
+    scale: Tensor
+
+    def store(self, weight: Tensor) -> None:
+        codes, largest = int8.encode(weight)
+        self.register_buffer("codes", input_major(codes), persistent=False)
+        self.register_buffer("scale", int8.scales(largest), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.gated_int8_linear(
+            x, self.limit, self.codes, self.scale, self.bias, self.up, self.gate.down
+        )
+        return y
+
+    def rows(self, x: Tensor, begin: int, end: int, bias: Tensor | None) -> Tensor:
+        codes, scale = self.codes[begin:end], self.scale[begin:end]
+        y: Tensor = torch.ops.llmsqueeze.int8_linear(x, codes, scale, bias)
+        return y
+
+
+class Gated24Product(GatedProduct):
+    """With weights that are 2:4 along the outputs. Buffers: see numerics.outputs24.Columns."""
+
+    format = "gated 2:4-out"
+    values: Tensor
+    keep: Tensor
+    index: Tensor | None
+
+    def store(self, weight: Tensor) -> None:
+        packed = outputs24.pack(weight)
+        self.register_buffer("values", packed.values, persistent=False)
+        self.register_buffer("keep", packed.keep, persistent=False)
+        self.register_buffer("index", packed.index, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.gated_24_linear(
+            x, self.limit, self.values, self.keep, self.index, self.bias, self.up, self.gate.down,
+            self.out_features,
+        )  # fmt: skip
+        return y
+
+    def rows(self, x: Tensor, begin: int, end: int, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.outputs24_linear(
+            x, self.values, self.keep, self.index, bias, begin, end
         )
         return y
 
@@ -151,7 +237,7 @@ class GatedPart(nn.Module):  # type: ignore[misc]
         if self.last:
             gate.release()
         bias = None if product.bias is None else product.bias[rows]
-        y = nn.functional.linear(kept, product.weight[rows], bias)
+        y: Tensor = product.rows(kept, self.begin, self.end, bias)
         return y if side is None or product.up is None else y + side @ product.up[rows].t()
 
 
@@ -173,9 +259,9 @@ class Report:
 def use_kernels(model: nn.Module, device: torch.device | None = None) -> Report:
     """Replace the linears of a loaded model by those that run on compressed weights, in place.
 
-    device: where they are to live; weights are packed there, each on its own. Linears with fewer zeros than
-    LEAST_SPARSITY stay as they are, and so does what the rest of the model is made of. The model can then
-    no longer be saved or trained.
+    device: where they are to live; weights are packed there, each on its own. Linears without a gate that
+    have fewer zeros than LEAST_SPARSITY, and are not of eight bits, stay as they are, and so does what the
+    rest of the model is made of. The model can then no longer be saved or trained.
 
     Raises EnvironmentFault on a CPU, and in a dtype that kernels do not compute in.
     """
@@ -201,23 +287,50 @@ def pack_linears(
         for names in _groups(owner, head):
             linears = [getattr(owner, name) for name in names]
             weight = torch.cat([linear.weight.to(device) for linear in linears])
-            if not isinstance(linears[0], GatedLinear) and not _worth_packing(weight):
+            gated = isinstance(linears[0], GatedLinear)
+            kind = _gated_kind(weight) if gated else _packed_kind(weight)
+            if kind is None:
                 continue
             check(weight.dtype, device)
-            parts = _pack(linears, weight, report)
+            parts = _pack(linears, weight, kind, report)
             for name, part in zip(names, parts, strict=True):
                 setattr(owner, name, part)
     report.seconds = time.perf_counter() - begun
     return report
 
 
-def _worth_packing(weight: Tensor) -> bool:
-    """Whether it has enough zeros, and no more columns than a row's gaps can be counted over."""
-    few = weight.count_nonzero() <= (1 - LEAST_SPARSITY) * weight.numel()
-    return bool(few) and weight.shape[1] <= gaps.MAX_COLUMNS
+def _packed_kind(weight: Tensor) -> type[PackedLinear] | None:
+    """The module for a weight without a gate; None if it is to stay dense."""
+    zeros = 1 - int(weight.count_nonzero()) / weight.numel()
+    if zeros >= 0.5 and sparse24.fits(weight):
+        return Sparse24Linear
+    # A row's gaps can be counted over so many columns.
+    gaps_fit = zeros >= LEAST_SPARSITY and weight.shape[1] <= gaps.MAX_COLUMNS
+    if not (gaps_fit and zeros >= BEST_SPARSITY) and int8.fits(weight):
+        return Int8Linear
+    return GapLinear if gaps_fit else None
 
 
-def _pack(linears: list[nn.Linear], weight: Tensor, report: Report) -> list[nn.Module]:
+def _gated_kind(weight: Tensor) -> type[GatedProduct]:
+    """The module for weights behind a gate: the one that reads least."""
+    if int8.fits(weight):
+        return GatedInt8Product
+    return Gated24Product if outputs24.fits(weight) else GatedProduct
+
+
+def _compact(threshold: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same thresholds in fewer bytes, since every block of a kernel reads them: one if they are equal."""
+    if bool((threshold == threshold[0]).all()):
+        return threshold[:1].clone()
+    return round_down(threshold, dtype)
+
+
+def _pack(
+    linears: list[nn.Linear],
+    weight: Tensor,
+    kind: type[GatedProduct] | type[PackedLinear],
+    report: Report,
+) -> list[nn.Module]:
     """What stands in for linears of one input. weight: of all of them, where it is to live."""
     bias = None
     if linears[0].bias is not None:
@@ -225,16 +338,15 @@ def _pack(linears: list[nn.Linear], weight: Tensor, report: Report) -> list[nn.M
     ends = list(itertools.accumulate(linear.out_features for linear in linears))
     starts = [end - linear.out_features for linear, end in zip(linears, ends, strict=True)]
     spans = list(zip(linears, starts, ends, strict=True))
-    if isinstance(linears[0], GatedLinear):
+    if issubclass(kind, GatedProduct):
         ups = [linear.up for linear in linears]
         up = None if ups[0] is None else torch.cat([up.to(weight.device) for up in ups])
         gate = linears[0].gate.to(weight.device)
-        fused = Fused(GatedProduct(gate, input_major(weight), bias, up))
-        report.add("gated", len(linears), weight, fused.product)
+        fused = Fused(kind(gate, weight, bias, up))
+        report.add(kind.format, len(linears), weight, fused.product)
         return [GatedPart(fused, *span) for span in spans]
-    packed = (Sparse24Linear if sparse24.fits(weight) else GapLinear)(weight, bias)
-    format = "2:4" if type(packed) is Sparse24Linear else "gaps"
-    report.add(format, len(linears), weight, packed)
+    packed = kind(weight, bias)
+    report.add(kind.format, len(linears), weight, packed)
     if len(linears) == 1:
         return [packed]
     fused = Fused(packed)

@@ -1,0 +1,123 @@
+"""A checkpoint whose linears are rounded while it is read: what comes after works on the rounded weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmsqueeze import card
+from llmsqueeze.activation import ActivationRecord
+from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
+from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.compress import BlockDone, check_not_inside, store_block, versions
+from llmsqueeze.encode_recipe import EncodeRecipe
+from llmsqueeze.kv_record import KvRecord
+from llmsqueeze.numerics import int8
+from llmsqueeze.shards import hash_file
+
+
+class EncodedCheckpoint(Checkpoint):
+    """`inner`, with its linears as `recipe` leaves them. Files on disk stay what they are."""
+
+    def __init__(self, inner: Checkpoint, source_name: str, recipe: EncodeRecipe) -> None:
+        self.__dict__.update(inner.__dict__)
+        self._inner, self._source_name, self._recipe = inner, source_name, recipe
+        self._weights = {
+            f"{name}.weight" for index in range(inner.block_count) for name in inner.linears(index)
+        }
+        self._reports: dict[str, dict[str, float]] = {}
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        tensors = self._inner.read(names)
+        for name in self._weights & tensors.keys():
+            weight = tensors[name]
+            tensors[name] = rounded = int8.round_weight(weight)
+            error = float(
+                (rounded - weight).float().norm() / weight.float().norm().clamp_min(1e-30)
+            )
+            site = name.removesuffix(".weight")
+            known = self._inner.site_reports.get(site, {})
+            self._reports[site] = {**known, "rounding_error": error}
+        return tensors
+
+    @property
+    def site_reports(self) -> dict[str, dict[str, float]]:
+        """Of the sites read so far."""
+        return self._reports
+
+    @property
+    def rounding_error(self) -> float:
+        """The mean of ‖rounded - weight‖ / ‖weight‖ over the linears read so far."""
+        errors = [report["rounding_error"] for report in self._reports.values()]
+        return sum(errors) / max(len(errors), 1)
+
+    @cached_property
+    def steps(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """Those before, and this one; once every block was read."""
+        step = {
+            "command": "encode",
+            "recipe": self._recipe.to_dict(),
+            "source": {
+                "name": self._source_name,
+                "sha256": {file.name: hash_file(file) for file in self.identity},
+            },
+            "versions": versions(),
+            "rounding_error": self.rounding_error,
+        }
+        return [*self._inner.steps, step]
+
+    @property
+    def activation(self) -> ActivationRecord | None:
+        return None  # it belonged to other weights
+
+    @property
+    def kv_cache(self) -> KvRecord | None:
+        return None
+
+
+@torch.no_grad()
+def encode(
+    checkpoint: Checkpoint,
+    source_name: str,
+    out: Path,
+    recipe: EncodeRecipe,
+    *,
+    overwrite: bool = False,
+    note: Callable[[str], None] = lambda message: None,
+    on_block: Callable[[BlockDone], None] = lambda done: None,
+) -> Manifest:
+    """Write a checkpoint with rounded linears to `out`. Raises RecipeError if `out` cannot be written."""
+    check_output(out, overwrite)
+    check_not_inside(out, checkpoint.path)
+    note_losses(checkpoint, note)
+    encoded = EncodedCheckpoint(checkpoint, source_name, recipe)
+    with ArtifactWriter(out, overwrite=overwrite) as writer:
+        for name in checkpoint.outer_parameters:
+            writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
+        for index in range(checkpoint.block_count):
+            started = time.monotonic()
+            tensors = encoded.read(checkpoint.block_parameters(index))
+            sites = {name: encoded.site_reports[name] for name in checkpoint.linears(index)}
+            store_block(writer, checkpoint, tensors, sites)
+            on_block(BlockDone(index, checkpoint.block_count, time.monotonic() - started))
+        writer.write_text(
+            "README.md",
+            card.encoded_card(checkpoint, source_name, recipe.to, encoded.rounding_error),
+        )
+        return writer.publish(
+            checkpoint.config, checkpoint.path, encoded.steps, checkpoint.stored_bytes
+        )
+
+
+def note_losses(checkpoint: Checkpoint, note: Callable[[str], None]) -> None:
+    """Say what was calibrated on the weights as they were, and is left out."""
+    if checkpoint.activation:
+        note("activation thresholds belong to the old weights and are left out; sparsify OUT anew")
+    if checkpoint.kv_cache:
+        note("the KV cache was calibrated on the old weights and is left out; quantize-kv OUT anew")

@@ -1,0 +1,87 @@
+"""How a compressed linear lies on disk: each encoding gives back the same weight, bit for bit.
+
+A table: an encoding is the parts that are stored as SITE.weight_PART, and two functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmsqueeze.numerics import int8
+from llmsqueeze.numerics.packing import pack_bitmask, unpack_bitmask
+
+Parts = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """parts: their names. fits: whether a weight can be stored so. encode: its parts. decode: the weight
+    from parts and its columns; ValueError if they do not belong together. typed: the part that has the
+    weight's dtype."""
+
+    parts: tuple[str, ...]
+    typed: str
+    fits: Callable[[Tensor], bool]
+    encode: Callable[[Tensor], Parts]
+    decode: Callable[[Parts, int], Tensor]
+
+
+def _encode_bitmask(weight: Tensor) -> Parts:
+    return dict(zip(("values", "mask", "row_offsets"), pack_bitmask(weight), strict=True))
+
+
+def _decode_bitmask(parts: Parts, columns: int) -> Tensor:
+    return unpack_bitmask(parts["values"], parts["mask"], parts["row_offsets"], columns)
+
+
+def _encode_int8(weight: Tensor) -> Parts:
+    codes, largest = int8.encode(weight.detach().cpu())
+    return {"codes": codes, "largest": largest}
+
+
+def _decode_int8(parts: Parts, columns: int) -> Tensor:
+    codes, largest = parts["codes"], parts["largest"]
+    if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[1] != columns:
+        raise ValueError(f"codes {codes.dtype} {tuple(codes.shape)} do not fit {columns} columns")
+    if largest.shape != codes.shape[:1]:
+        raise ValueError(f"{largest.numel()} magnitudes for {codes.shape[0]} rows")
+    if not bool((largest >= 0).all()):
+        raise ValueError("magnitudes that are none")
+    return int8.decode(codes, int8.scales(largest), largest.dtype)
+
+
+# values       [nonzeros]                the weight's dtype, see numerics.packing
+# mask         [rows, ceil(columns/8)]   uint8
+# row_offsets  [rows + 1]                int32
+_BITMASK = Encoding(
+    ("values", "mask", "row_offsets"),
+    "values",
+    lambda weight: True,
+    _encode_bitmask,
+    _decode_bitmask,
+)
+# codes        [rows, columns]           int8, see numerics.int8
+# largest      [rows]                    the weight's dtype, every row's largest magnitude
+_INT8 = Encoding(("codes", "largest"), "largest", int8.fits, _encode_int8, _decode_int8)
+
+ENCODINGS = {"bitmask": _BITMASK, "int8": _INT8}
+
+
+def smallest(weight: Tensor) -> tuple[str, Parts]:
+    """The encoding of a [rows, columns] weight that takes fewest bytes, and its parts; "dense": none."""
+    best, parts, least = "dense", {}, _bytes(weight)
+    for name, encoding in ENCODINGS.items():
+        if encoding.fits(weight):
+            found = encoding.encode(weight)
+            size = sum(map(_bytes, found.values()))
+            if size < least:
+                best, parts, least = name, found, size
+    return best, parts
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
