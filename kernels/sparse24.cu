@@ -1,8 +1,16 @@
-// y = x Wᵀ + b for W with at most two non-zeros in four, by sparse tensor cores.
+// y = x Wᵀ + b for W with at most two non-zeros in four, everywhere or in most places, by tensor cores.
 //
-// stream: [bands][chunks][9][32 lanes] of 16 bytes. A band is 16 rows, a chunk 256 columns: eight operands
-//         of mma.sp.m16n8k32 in register order, and their metadata.
-// x: [tokens, columns]; y: [tokens, rows]; bias: [rows] or null.
+// A band is 16 rows. Without MIXED, stream: [bands][chunks][9][32 lanes] of 16 bytes; a chunk is 256 columns:
+// eight operands of mma.sp.m16n8k32 in register order, and their metadata.
+//
+// MIXED: a band is a list of pieces, ascending by column, each [4][32 lanes] of 16 bytes: 128 columns that are
+// 2:4, or 64 that are dense, as four operands of mma.m16n8k16. Columns of zeros are in no piece.
+// entries: one word for each piece: its first column / 64 in bits 0 to 10, and for 2:4, with bit 31, its
+//          number among those of the band from bit 11 on.
+// metadata: [2:4 pieces][32 lanes] of 8 bytes. starts: [bands + 1][2]: a band's first piece, and first 2:4 one.
+//
+// x: [tokens, columns]; y: [tokens, rows]; bias: [rows] or null. chunks: of 256 columns; span: of them, in
+// shared memory at a time.
 //
 // Macros: BANDS × SPLITS warps share a block, SPLITS of them divide the columns of a band; TILES of 8
 // tokens, or 0: up to four, for which lanes of absent tokens need not read anything; BLOCKS that fit a
@@ -27,6 +35,12 @@
                  : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "r"(b.z), "r"(b.w),    \
                    "r"(metadata))
 
+#define MMA_DENSE(sum, a, b0, b1)                                                                     \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "                       \
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                    \
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])                             \
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1))
+
 // Four 8 × 8 matrices from shared memory: of row-major x, the B operand.
 __device__ __forceinline__ uint4 load_operand(u32 address) {
     uint4 v;
@@ -37,13 +51,36 @@ __device__ __forceinline__ uint4 load_operand(u32 address) {
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
-sparse24(const uint4* __restrict__ stream, const uint4* __restrict__ x, u16* __restrict__ y,
+sparse24(const uint4* __restrict__ stream, const u32* __restrict__ entries, const uint2* __restrict__ metadata,
+         const int* __restrict__ starts, const uint4* __restrict__ x, u16* __restrict__ y,
          const u16* __restrict__ bias, int rows, int columns, int tokens, int chunks, int span) {
     extern __shared__ uint4 shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int split = warp % SPLITS, place = warp / SPLITS;
     const int band = blockIdx.x * BANDS + place;
     const bool present = band * 16 < rows;
+#if MIXED
+    const int begin = present ? starts[2 * band] : 0, count = present ? starts[2 * band + 2] - begin : 0;
+    // Numbers instead of pointers: registers are short where 16 warps share a band.
+    const u32 first_metadata = (present ? starts[2 * band + 1] : 0) * 32 + lane;
+    // Two pieces under way for each warp. An entry is read a step before its piece: where metadata lie
+    // depends on it.
+    uint4 ring[2][4];
+    uint2 places[2];
+    u32 entry[2], upcoming = split < count ? entries[begin + split] : 0;
+    auto fill = [&](int slot, int piece) {
+        const bool ok = piece < count;
+        entry[slot] = upcoming;
+        upcoming = piece + SPLITS < count ? entries[begin + piece + SPLITS] : 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) ring[slot][i] = load_weights(stream + ((begin + piece) * 128 + lane) + i * 32, ok);
+        places[slot] = make_uint2(0, 0);
+        if (ok && entry[slot] >> 31) places[slot] = metadata[first_metadata + (entry[slot] >> 11 & 0xfffff) * 32];
+    };
+    int piece = split, turn = 0;
+    fill(0, piece);
+    fill(1, piece + SPLITS);
+#else
     const uint4* from = stream + (size_t)band * chunks * 288 + lane;
 
     uint4 now[9];
@@ -51,6 +88,7 @@ sparse24(const uint4* __restrict__ stream, const uint4* __restrict__ x, u16* __r
 #pragma unroll
     for (int i = 0; i < 9; i++)
         now[i] = load_weights(from + (size_t)chunk * 288 + i * 32, present && chunk < chunks);
+#endif
     let_next_start();
 
     float sum[SUMS][4];
@@ -112,6 +150,56 @@ sparse24(const uint4* __restrict__ stream, const uint4* __restrict__ x, u16* __r
 #endif
         __syncthreads();
         const u32 held = base + 16 + (stage & 1) * tokens * pitch * 16;
+#if MIXED
+        // The operand of 32 columns for 8 tokens, from unit `unit` of this stage on.
+        auto operand = [&](int n, int unit) {
+#if FEW
+            const uint4* units = shared + (size_t)unit * tokens * 4 + lane;
+            return lane < tokens * 4 ? *units : make_uint4(0, 0, 0, 0);
+#else
+            const int token = n * 8 + local;
+            return load_operand(token < tokens ? held + (token * pitch + unit * 4 + quarter) * 16 : base);
+#endif
+        };
+        auto use = [&](int slot) {
+            const uint4* a = ring[slot];
+            const int unit = (entry[slot] & 0x7ff) * 2 - first * 8;
+#pragma unroll
+            for (int n = 0; n < SUMS; n++) {
+                const uint4 b0 = operand(n, unit), b1 = operand(n, unit + 1);
+                if (entry[slot] >> 31) {
+                    const uint4 b2 = operand(n, unit + 2), b3 = operand(n, unit + 3);
+                    MMA(sum[n], a[0], b0, places[slot].x, 0x0);
+                    MMA(sum[n], a[1], b1, places[slot].x, 0x1);
+                    MMA(sum[n], a[2], b2, places[slot].y, 0x0);
+                    MMA(sum[n], a[3], b3, places[slot].y, 0x1);
+                } else {
+                    MMA_DENSE(sum[n], a[0], b0.x, b0.y);
+                    MMA_DENSE(sum[n], a[1], b0.z, b0.w);
+                    MMA_DENSE(sum[n], a[2], b1.x, b1.y);
+                    MMA_DENSE(sum[n], a[3], b1.z, b1.w);
+                }
+            }
+        };
+        auto here = [&](int slot) {  // whether the columns of a slot's piece are in this stage
+            return piece < count && (entry[slot] & 0x7ff) < stop * 4;
+        };
+        // `turn` is the slot that is next, so that slots are registers whatever the stage.
+        for (;;) {
+            if (turn == 0) {
+                if (!here(0)) break;
+                use(0);
+                fill(0, piece + 2 * SPLITS);
+                piece += SPLITS;
+                turn = 1;
+            }
+            if (!here(1)) break;
+            use(1);
+            fill(1, piece + 2 * SPLITS);
+            piece += SPLITS;
+            turn = 0;
+        }
+#else
         for (; chunk < stop; chunk += SPLITS) {
             uint4 next[9];
             const int ahead = chunk + SPLITS;
@@ -149,6 +237,7 @@ sparse24(const uint4* __restrict__ stream, const uint4* __restrict__ x, u16* __r
 #pragma unroll
             for (int i = 0; i < 9; i++) now[i] = next[i];
         }
+#endif
         __syncthreads();
     }
 

@@ -1,10 +1,47 @@
 // The dense rows of a 2:4 stream (see sparse24.cu): y [rows, columns] of the bands from `band` on.
-// A warp expands a chunk of a band.
+// A warp expands a chunk of a band; with MIXED a block its pieces, onto zeros.
+
+// Two values and where they stand in a group of four; the places are never the same.
+__device__ __forceinline__ unsigned long long group_of(u32 values, u32 places) {
+    return (unsigned long long)(values & 0xffff) << (16 * (places & 3)) |
+           (unsigned long long)(values >> 16) << (16 * (places >> 2));
+}
 
 extern "C" __global__ void __launch_bounds__(256)
-sparse24_expand(const uint4* __restrict__ stream, u16* __restrict__ y, int rows, int columns,
-                int chunks, int band) {
+sparse24_expand(const uint4* __restrict__ stream, const u32* __restrict__ entries,
+                const u32* __restrict__ metadata, const int* __restrict__ starts, u16* __restrict__ y,
+                int rows, int columns, int chunks, int band) {
     const int lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+#if MIXED
+    const int local = blockIdx.x, begin = starts[2 * (band + local)];
+    const int count = starts[2 * (band + local) + 2] - begin;
+    for (int piece = threadIdx.x >> 5; piece < count; piece += 8) {
+        const u32 entry = entries[begin + piece];
+        const uint4* from = stream + (size_t)(begin + piece) * 128 + lane;
+        const u32* words = metadata + (size_t)(starts[2 * (band + local) + 1] + (entry >> 11 & 0xfffff)) * 64;
+#pragma unroll
+        for (int unit = 0; unit < 4; unit++) {
+            const uint4 v = from[unit * 32];
+            const u32 values[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int part = 0; part < 4; part++) {
+                const int half = part >> 1, row = local * 16 + g + 8 * (part & 1);
+                const int first = (entry & 0x7ff) * 64;
+                u16* to = y + (size_t)row * columns;
+                if (row >= rows) continue;
+                if (entry >> 31) {
+                    const u32 word = words[(4 * g + 2 * (unit & 1) + half) * 2 + (unit >> 1)];
+                    const int column = first + unit * 32 + half * 16 + t * 4;
+                    const u32 places = word >> (16 * (part & 1) + 4 * t) & 15;
+                    if (column < columns) *(unsigned long long*)(to + column) = group_of(values[part], places);
+                } else {
+                    const int column = first + unit * 16 + half * 8 + t * 2;
+                    if (column < columns) *(u32*)(to + column) = values[part];
+                }
+            }
+        }
+    }
+#else
     const int work = blockIdx.x * 8 + (threadIdx.x >> 5), local = work / chunks, chunk = work % chunks;
     if (local * 16 >= rows) return;
     const uint4* from = stream + ((size_t)(band + local) * chunks + chunk) * 288;
@@ -18,12 +55,9 @@ sparse24_expand(const uint4* __restrict__ stream, u16* __restrict__ y, int rows,
             const u32 word = ((const u32*)(from + 256 + 4 * g + 2 * (unit & 1) + half))[unit >> 1];
             const u32 places = word >> (16 * (part & 1) + 4 * t) & 15;
             const int column = chunk * 256 + unit * 32 + half * 16 + t * 4;
-            // Two places are never the same.
-            const unsigned long long dense =
-                (unsigned long long)(values[part] & 0xffff) << (16 * (places & 3)) |
-                (unsigned long long)(values[part] >> 16) << (16 * (places >> 2));
             if (row < rows && column < columns)
-                *(unsigned long long*)(y + (size_t)row * columns + column) = dense;
+                *(unsigned long long*)(y + (size_t)row * columns + column) = group_of(values[part], places);
         }
     }
+#endif
 }

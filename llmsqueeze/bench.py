@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llmsqueeze import ops
 from llmsqueeze.errors import EnvironmentFault
-from llmsqueeze.numerics import gaps, int8, masks, outputs24, sparse24
+from llmsqueeze.numerics import gaps, int8, masks, mixed24, outputs24, sparse24
 
 # Of weights in one graph, all different: no cache holds them.
 COLD_BYTES = 560_000_000
@@ -149,6 +149,18 @@ def kernel_rows(rows: int, columns: int, tokens: int, seed: int = 0) -> Iterator
         weight, x, dense, "2:4", (sparse24.pack(pruned),),
         lambda x, s: torch.ops.llmsqueeze.sparse24_linear(x, s, None, rows), reference,
     )  # fmt: skip
+    for sparsity in (0.25, 0.35, 0.45):
+        tiles = -(-rows // 128) * -(-columns // 128)
+        pruned = weight * masks.keep_tiles(scores, 128, round(tiles * (1 - 2 * sparsity)))
+        mixed = mixed24.pack(pruned)
+        reference = x.double() @ pruned.double().t()
+        yield compare(
+            weight, x, dense, f"tiles {sparsity:.0%}", (mixed.stream, mixed.metadata),
+            lambda x, s, d, m=mixed: torch.ops.llmsqueeze.mixed24_linear(
+                x, s, m.entries, d, m.starts, None, rows
+            ),
+            reference,
+        )  # fmt: skip
     for sparsity in (0.5, 0.6, 0.7):
         kept = scores.topk(round(columns * (1 - sparsity)), dim=1).indices
         pruned = torch.zeros_like(weight).scatter_(1, kept, weight.gather(1, kept))
@@ -179,7 +191,8 @@ def kernel_rows(rows: int, columns: int, tokens: int, seed: int = 0) -> Iterator
     )  # fmt: skip
     for sparsity in (0.4, 0.5, 0.65):
         limit = x.abs().float().quantile(sparsity)
-        threshold = limit.expand(columns).contiguous()
+        # As runtime.linears keeps thresholds that differ.
+        threshold = ops.round_down(limit.expand(columns), x.dtype)
         kept_x = x.double() * (x.abs().float() > limit)
         read = float((kept_x != 0).double().mean())
         name = f"activations {sparsity:.0%}"

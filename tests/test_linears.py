@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from llmsqueeze.activation import Policy
 from llmsqueeze.errors import EnvironmentFault, RecipeError
-from llmsqueeze.numerics import gaps, int8, outputs24, sparse24
-from llmsqueeze.numerics.masks import keep_nm_out
+from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
+from llmsqueeze.numerics.masks import keep_nm_out, keep_tiles
 from llmsqueeze.ops import gated_linear, input_major, is_input_major
 from llmsqueeze.runtime.gates import GateParts, gating_of, install, remove
 from llmsqueeze.runtime.generate import Decoder
@@ -25,6 +25,7 @@ from llmsqueeze.runtime.linears import (
     GatedPart,
     GatedProduct,
     Int8Linear,
+    Mixed24Linear,
     Sparse24Linear,
     _check,
     _compact,
@@ -44,7 +45,9 @@ def pruned_model(pattern: str, family: str = "llama") -> Any:
         for name, module in model.named_modules():
             if isinstance(module, nn.Linear) and "head" not in name and "embed_out" not in name:
                 magnitude = module.weight.float().abs()
-                if pattern == "2:4":
+                if pattern == "tiles":
+                    keep = keep_tiles(magnitude, 16, 1).float()
+                elif pattern == "2:4":
                     groups = magnitude.unflatten(1, (-1, 4))
                     keep = (
                         torch.zeros_like(groups).scatter_(2, groups.topk(2).indices, 1).flatten(1)
@@ -61,7 +64,10 @@ def logits(model: Any, ids: Tensor = IDS) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3", "opt", "gpt_neox"])
-@pytest.mark.parametrize(("pattern", "kind"), [("2:4", Sparse24Linear), ("50 %", GapLinear)])
+@pytest.mark.parametrize(
+    ("pattern", "kind"),
+    [("2:4", Sparse24Linear), ("50 %", GapLinear), ("tiles", Mixed24Linear)],
+)
 def test_a_packed_model_computes_the_same(family: str, pattern: str, kind: type) -> None:
     model = pruned_model(pattern, family)
     expected = logits(model)
@@ -264,7 +270,9 @@ def operator_arguments() -> dict[str, tuple[Any, ...]]:
     return {
         "sparse24_linear": (x, sparse24.pack(weight), bias, 40),
         "gap_linear": (x, *gap, packed.order, bias, 40, 4, 2, packed.blocks, packed.reach),
+        "mixed24_linear": (x, *vars(mixed24.pack(weight)).values(), bias, 40),
         "weight": (weight,),
+        "bias": (bias,),
     }
 
 
@@ -314,15 +322,13 @@ def test_operators_behind_gates_keep_torchs_contract(name: str) -> None:
     assert torch.equal(compiled(call[0]), found)
 
 
-@pytest.mark.parametrize("name", ["sparse24_linear", "gap_linear"])
+@pytest.mark.parametrize("name", ["sparse24_linear", "gap_linear", "mixed24_linear"])
 def test_operators_keep_torchs_contract(name: str) -> None:
     arguments = operator_arguments()
     call = arguments[name]
     operator = getattr(torch.ops.llmsqueeze, name)
     torch.library.opcheck(operator, call)
-    expected = nn.functional.linear(
-        call[0], arguments["weight"][0], call[5 if name[0] == "g" else 2]
-    )
+    expected = nn.functional.linear(call[0], arguments["weight"][0], arguments["bias"][0])
     assert torch.equal(operator(*call), expected)
     compiled = torch.compile(lambda x: operator(x, *call[1:]), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(call[0]), expected)

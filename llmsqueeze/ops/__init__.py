@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmsqueeze.numerics import gaps, int8, outputs24, sparse24
+from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
 
 _LIBRARY = torch.library.Library("llmsqueeze", "DEF")
 _LIBRARY.define("gate(Tensor x, Tensor threshold) -> Tensor")
@@ -27,6 +27,10 @@ _LIBRARY.define("int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias)
 _LIBRARY.define(
     "outputs24_linear(Tensor x, Tensor values, Tensor keep, Tensor? index, Tensor? bias, int begin,"
     " int end) -> Tensor"
+)
+_LIBRARY.define(
+    "mixed24_linear(Tensor x, Tensor stream, Tensor entries, Tensor metadata, Tensor starts, Tensor? bias,"
+    " int rows) -> Tensor"
 )
 _LIBRARY.define("sparse24_linear(Tensor x, Tensor stream, Tensor? bias, int rows) -> Tensor")
 _LIBRARY.define(
@@ -146,6 +150,16 @@ def sparse24_linear(x: Tensor, stream: Tensor, bias: Tensor | None, rows: int) -
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def mixed24_linear(
+    x: Tensor, stream: Tensor, entries: Tensor, metadata: Tensor, starts: Tensor,
+    bias: Tensor | None, rows: int,
+) -> Tensor:  # fmt: skip
+    """W x + b for W as numerics.mixed24.pack lays it out. x: [..., columns]; returns [..., rows]."""
+    packed = mixed24.Mixed(stream, entries, metadata, starts)
+    weight = mixed24.unpack(packed, rows, x.shape[-1], x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
 def gap_linear(
     x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
     rows: int, bits: int, parts: int, blocks: int, reach: int,
@@ -204,6 +218,13 @@ def _sparse24_shape(x: Tensor, stream: Tensor, bias: Tensor | None, rows: int) -
     return x.new_empty(*x.shape[:-1], rows)
 
 
+def _mixed24_shape(
+    x: Tensor, stream: Tensor, entries: Tensor, metadata: Tensor, starts: Tensor,
+    bias: Tensor | None, rows: int,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*x.shape[:-1], rows)
+
+
 def _gap_shape(
     x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
     rows: int, *shape: int,
@@ -231,6 +252,7 @@ for _function, _shape in (
     (int8_linear, _int8_shape),
     (outputs24_linear, _outputs24_shape),
     (sparse24_linear, _sparse24_shape),
+    (mixed24_linear, _mixed24_shape),
     (gap_linear, _gap_shape),
 ):
     _name = _function.__name__

@@ -24,6 +24,9 @@ PLAIN, INT8, OUTPUTS24 = range(3)
 # H100 for matrices of many rows, and of fewer than _WIDE.
 SPARSE24_WIDE = {0: (1, 8), 1: (2, 4), 2: (4, 2), 4: (4, 2), 8: (8, 1)}
 SPARSE24_NARROW = {0: (1, 8), 1: (2, 4), 2: (2, 4), 4: (2, 4), 8: (4, 2)}
+# The same where some of the weights are dense: a band's pieces are fewer, and shared by more warps.
+MIXED_WIDE = {0: (1, 14), 1: (2, 7), 2: (4, 2), 4: (4, 2), 8: (8, 1)}
+MIXED_NARROW = {0: (1, 14), 1: (2, 7), 2: (2, 6), 4: (2, 4), 8: (4, 2)}
 _WIDE = 8192
 # Bytes of weights that are expanded at a time. Panels of 33 MB, to stay in the L2 cache, took 15 to 36 %
 # longer on an H100 than whole matrices, whose products cuBLAS divides better.
@@ -33,17 +36,36 @@ _ALL, _STAGE = 112 * 1024, 48 * 1024
 
 
 def sparse24_linear(x: Tensor, stream: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    return _on_tensor_cores(x, bias, rows, stream.shape[1], (stream, None, None, None))
+
+
+def mixed24_linear(
+    x: Tensor, stream: Tensor, entries: Tensor, metadata: Tensor, starts: Tensor,
+    bias: Tensor | None, rows: int,
+) -> Tensor:  # fmt: skip
+    chunks = -(-x.shape[-1] // 256)
+    return _on_tensor_cores(x, bias, rows, chunks, (stream, entries, metadata, starts))
+
+
+def _on_tensor_cores(
+    x: Tensor, bias: Tensor | None, rows: int, chunks: int, weight: tuple[Tensor | None, ...]
+) -> Tensor:
+    """weight: stream, entries, metadata and starts of sparse24.cu; the last three None if all is 2:4."""
     x, tokens, columns = _matrix(x, 8)
     if tokens > SPARSE24_TOKENS:
-        return _expanded(x, bias, rows, functools.partial(_expand_sparse24, stream, columns))
+        return _expanded(
+            x, bias, rows, functools.partial(_expand_sparse24, weight, columns, chunks)
+        )
     y = x.new_empty(*x.shape[:-1], rows)
     if not tokens:
         return y
-    chunks = stream.shape[1]
     tiles = next(n for n in (1, 2, 4, 8) if tokens <= 8 * n)
     if tokens <= 4 and chunks * 512 * tokens <= _ALL:
         tiles = 0
-    bands, splits = (SPARSE24_WIDE if rows >= _WIDE else SPARSE24_NARROW)[tiles]
+    wide, narrow = (
+        (MIXED_WIDE, MIXED_NARROW) if _mixed(weight) else (SPARSE24_WIDE, SPARSE24_NARROW)
+    )
+    bands, splits = (wide if rows >= _WIDE else narrow)[tiles]
     # Chunks of x in shared memory: all, or two stages of a multiple of the splits.
     span, stages = chunks, 1
     stage = _STAGE if rows >= _WIDE and tiles < 8 else cuda.most_shared(x.device.index) * 7 // 8
@@ -52,15 +74,19 @@ def sparse24_linear(x: Tensor, stream: Tensor, bias: Tensor | None, rows: int) -
         stages = 1 if span >= chunks else 2
     macros = {
         "BANDS": bands, "SPLITS": splits, "TILES": tiles, "BLOCKS": 1 if tiles == 8 else 2,
-        "HALF": _half(x), "PDL": int(cuda.is_hopper(x.device.index)),
+        "MIXED": _mixed(weight), "HALF": _half(x), "PDL": int(cuda.is_hopper(x.device.index)),
     }  # fmt: skip
     held = 16 + stages * tokens * (span * 32 + 1) * 16
     cuda.launch(
-        "sparse24", macros, x, (stream, x, y, bias, rows, columns, tokens, chunks, span),
+        "sparse24", macros, x, (*weight, x, y, bias, rows, columns, tokens, chunks, span),
         grid=(-(-rows // (16 * bands)), 1), block=32 * bands * splits,
         shared=max(held, bands * splits * tokens * 64),
     )  # fmt: skip
     return y
+
+
+def _mixed(weight: tuple[Tensor | None, ...]) -> int:
+    return int(weight[1] is not None)
 
 
 def gap_linear(
@@ -292,15 +318,19 @@ def _expanded(
     return y
 
 
-def _expand_sparse24(stream: Tensor, columns: int, begin: int, end: int) -> Tensor:
-    dtype = torch.bfloat16
-    rows, chunks = end - begin, stream.shape[1]
-    panel = torch.empty(rows, columns, dtype=dtype, device=stream.device)
-    work = -(-rows // 16) * chunks
+def _expand_sparse24(
+    weight: tuple[Tensor | None, ...], columns: int, chunks: int, begin: int, end: int
+) -> Tensor:
+    stream = weight[0]
+    assert stream is not None
+    mixed, rows = _mixed(weight), end - begin
+    make = torch.zeros if mixed else torch.empty  # columns of zeros are in no piece
+    panel = make(rows, columns, dtype=torch.bfloat16, device=stream.device)
+    bands = -(-rows // 16)
     cuda.launch(
-        "sparse24_expand", {"HALF": 0, "PDL": 0}, stream,
-        (stream, panel, rows, columns, chunks, begin // 16),
-        grid=(-(-work // 8), 1), block=256, shared=0,
+        "sparse24_expand", {"MIXED": mixed, "HALF": 0, "PDL": 0}, stream,
+        (*weight, panel, rows, columns, chunks, begin // 16),
+        grid=(bands if mixed else -(-bands * chunks // 8), 1), block=256, shared=0,
     )  # fmt: skip
     return panel
 

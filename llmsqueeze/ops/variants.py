@@ -25,7 +25,9 @@ def all_variants(arch: str, dtype: torch.dtype) -> list[cuda.Variant]:
         for rows in _ROWS:
             stream = torch.zeros(-(-rows // 16), 1, 9, 32, 4, dtype=torch.int32)
             for tokens in _TOKENS:
-                kernels.sparse24_linear(torch.zeros(tokens, 256, dtype=dtype), stream, None, rows)
+                x = torch.zeros(tokens, 256, dtype=dtype)
+                kernels.sparse24_linear(x, stream, None, rows)
+                kernels.mixed24_linear(x, stream, stream, stream, stream, None, rows)
         for bits in (3, 4):
             for parts in (1, 2):
                 packed = gaps.pack(torch.zeros(32, 64, dtype=dtype), gaps.Shape(bits, parts, 1))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze.errors import EnvironmentFault
-from llmsqueeze.numerics import gaps, int8, outputs24, sparse24
+from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
 from llmsqueeze.ops import input_major, round_down
 from llmsqueeze.runtime.gates import Gate, GatedLinear
 
@@ -57,6 +57,27 @@ class Sparse24Linear(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.sparse24_linear(
             x, self.stream, self.bias, self.out_features
+        )
+        return y
+
+
+class Mixed24Linear(PackedLinear):
+    """2:4 in most places and dense in others, as PATCH leaves weights. Buffers: see numerics.mixed24."""
+
+    format = "2:4 and dense"
+    stream: Tensor
+    entries: Tensor
+    metadata: Tensor
+    starts: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        for name, part in vars(mixed24.pack(weight)).items():
+            self.register_buffer(name, part, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.mixed24_linear(
+            x, self.stream, self.entries, self.metadata, self.starts, self.bias, self.out_features
         )
         return y
 
@@ -304,6 +325,8 @@ def _packed_kind(weight: Tensor) -> type[PackedLinear] | None:
     zeros = 1 - int(weight.count_nonzero()) / weight.numel()
     if zeros >= 0.5 and sparse24.fits(weight):
         return Sparse24Linear
+    if zeros >= mixed24.LEAST_SPARSE / 2 and mixed24.fits(weight):
+        return Mixed24Linear
     # A row's gaps can be counted over so many columns.
     gaps_fit = zeros >= LEAST_SPARSITY and weight.shape[1] <= gaps.MAX_COLUMNS
     if not (gaps_fit and zeros >= BEST_SPARSITY) and int8.fits(weight):
