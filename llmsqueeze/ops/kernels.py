@@ -25,7 +25,7 @@ PLAIN, INT8, OUTPUTS24 = range(3)
 SPARSE24_WIDE = {0: (1, 8), 1: (2, 4), 2: (4, 2), 4: (4, 2), 8: (8, 1)}
 SPARSE24_NARROW = {0: (1, 8), 1: (2, 4), 2: (2, 4), 4: (2, 4), 8: (4, 2)}
 # The same where some of the weights are dense: a band's pieces are fewer, and shared by more warps.
-MIXED_WIDE = {0: (1, 14), 1: (2, 7), 2: (4, 2), 4: (4, 2), 8: (8, 1)}
+MIXED_WIDE = {0: (2, 7), 1: (2, 7), 2: (4, 2), 4: (4, 2), 8: (8, 1)}
 MIXED_NARROW = {0: (1, 14), 1: (2, 7), 2: (2, 6), 4: (2, 4), 8: (4, 2)}
 _WIDE = 8192
 # Bytes of weights that are expanded at a time. Panels of 33 MB, to stay in the L2 cache, took 15 to 36 %
