@@ -298,6 +298,61 @@ def test_the_kernel_for_tiles_computes_the_same(
         assert torch.equal(y, pruned.t())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "width", "length"),
+    [
+        (1, 32, 8, 128, 1024), (1, 9, 3, 64, 161), (2, 8, 1, 128, 64), (1, 4, 4, 96, 7),
+        (3, 4, 1, 256, 700), (1, 7, 1, 80, 5000), (40, 8, 8, 64, 300),
+    ],
+)  # fmt: skip
+def test_the_kernel_attends_as_the_reference(
+    batch: int, heads: int, kv_heads: int, width: int, length: int, dtype: torch.dtype
+) -> None:
+    from llmsqueeze.ops import attend, attend_fits
+
+    q = torch.randn(batch, heads, 1, width, device="cuda").to(dtype)
+    # As a cache may hold them: part of something longer.
+    k, v = torch.randn(2, batch, kv_heads, length + 3, width, device="cuda").to(dtype)[
+        ..., :length, :
+    ]
+    counters = torch.zeros(batch * kv_heads, dtype=torch.int32, device="cuda")
+    seen = torch.rand(batch, 1, 1, length, device="cuda") < 0.7
+    seen[..., length // 2] = True
+    prefix = torch.arange(length, device="cuda") < max(1, length // 5)
+    for mask in (None, seen, prefix.expand(batch, 1, 1, length)):
+        assert attend_fits(q, k, v, mask)
+        y = torch.ops.llmsqueeze.attend(q, k, v, mask, counters, 0.3)
+        expected = attend(q.double(), k.double(), v.double(), mask, counters, 0.3)
+        assert _off(y, expected) < 3 * ROUNDING[dtype]
+        assert not counters.any()
+        assert all(
+            torch.equal(y, torch.ops.llmsqueeze.attend(q, k, v, mask, counters, 0.3))
+            for _ in range(9)
+        )
+    k[0, 0, length // 2, 0] = torch.nan
+    y = torch.ops.llmsqueeze.attend(q, k, v, seen, counters, 0.3)
+    assert bool(y[0, 0, : heads // kv_heads].isnan().all())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # inductor's own
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text", "gpt_neox"])
+def test_decoding_attends_by_the_kernel(family: str) -> None:
+    from llmsqueeze.runtime.generate import Decoder
+    from tests.test_linears import IDS, tiny_model
+
+    model = tiny_model(family).to(torch.bfloat16).cuda()
+    ids = IDS[:1].cuda()
+    reference = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    expected = model(reference).logits[0, -1].float()
+    decoder = Decoder(model, 32)
+    assert model.config._attn_implementation == "llmsqueeze_attend"
+    found = [int(token) for token in decoder.generate(IDS[0], 12)]
+    assert found[:4] == reference[0, 6:10].tolist()
+    # Whole windows go through transformers' own.
+    assert _off(model(reference).logits[0, -1].float(), expected.double()) < 0.02
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # inductor's own
 @pytest.mark.parametrize("format", ["int8", "2:4-out", "plain"])
 def test_a_model_with_gates_decodes_in_a_graph(format: str) -> None:

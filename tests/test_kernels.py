@@ -28,6 +28,7 @@ EXPECTED = {
     "gaps": (STREAMED, r"LDS"),
     "gated": (STREAMED, r"FFMA"),
     "sparse24_expand": (r"LDG\.E\.128", r"STG\.E\.64"),
+    "attend": (STREAMED, r"MUFU\.EX2", r"FFMA"),
     "outputs24_expand": (r"LDG\.E\.128", r"STG\.E\.128"),
     "gaps_expand": (r"LDG\.E\.128", r"STS\.U16", r"STG\.E\.128"),
 }

@@ -37,6 +37,9 @@ _LIBRARY.define(
     "gap_linear(Tensor x, Tensor stream, Tensor starts, Tensor first, Tensor? order, Tensor? bias,"
     " int rows, int bits, int parts, int blocks, int reach) -> Tensor"
 )
+_LIBRARY.define(
+    "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor counters, float scale) -> Tensor"
+)
 
 
 def gate(x: Tensor, threshold: Tensor) -> Tensor:
@@ -177,6 +180,45 @@ def gap_linear(
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, counters: Tensor, scale: float
+) -> Tensor:
+    """One new token's attention over its cache, grouped queries included.
+
+    q: [batch, heads, 1, width]; k, v: [batch, kv heads, length, width]; mask: [batch, 1, 1, length] bool,
+    True where a token is seen, or None: all are. counters: int32, zeros that the kernel works with and
+    leaves zero; at least batch · kv heads. Returns [batch, 1, heads, width].
+    """
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    y = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return y.transpose(1, 2).contiguous()
+
+
+def attend_fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether attend has a kernel for this: 16 bits, heads up to 256 wide, up to 8 queries to a kv head."""
+    width, group = q.shape[-1], q.shape[1] // k.shape[1]
+    return (
+        q.shape[2] == 1
+        and k.shape == v.shape
+        and k.shape[-1] == width
+        and width % 8 == 0
+        and width <= 256
+        and group <= 8
+        and group * width <= 1024
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and all(t.stride(-1) == 1 and t.stride(d) % 8 == 0 for t in (k, v) for d in (0, 1, 2))
+        and (mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)))
+    )
+
+
+def _attend_shape(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, counters: Tensor, scale: float
+) -> Tensor:
+    return q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
+
+
 def _gate_shape(x: Tensor, threshold: Tensor) -> Tensor:
     return torch.empty_like(x)
 
@@ -254,6 +296,7 @@ for _function, _shape in (
     (sparse24_linear, _sparse24_shape),
     (mixed24_linear, _mixed24_shape),
     (gap_linear, _gap_shape),
+    (attend, _attend_shape),
 ):
     _name = _function.__name__
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")

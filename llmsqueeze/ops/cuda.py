@@ -200,7 +200,7 @@ def launch(
 ) -> None:
     """Run kernels/NAME.cu on the current stream of `like`'s device.
 
-    arguments: tensors, None for a null pointer, and numbers that are passed as 32-bit integers. shared:
+    arguments: tensors, None for a null pointer, and numbers, of 32 bits. shared:
     bytes of dynamic shared memory.
     """
     if _recording:
@@ -231,4 +231,4 @@ def _argument(value: Any) -> Any:
         return 0
     if isinstance(value, Tensor):
         return value.data_ptr()
-    return ctypes.c_int(value)
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_int(value)

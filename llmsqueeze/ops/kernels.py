@@ -12,12 +12,13 @@ from torch.nn.functional import linear, pad
 
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import int8
-from llmsqueeze.ops import cuda, is_input_major, round_down
+from llmsqueeze.ops import attend_fits, cuda, is_input_major, round_down
 
 # Beyond so many rows of x weights are expanded, and cuBLAS multiplies them.
 SPARSE24_TOKENS = 64
 GAP_TOKENS = 8
 INT8_TOKENS = 2
+_LOG2_E = 1.4426950408889634
 # FORMAT of gated.cu.
 PLAIN, INT8, OUTPUTS24 = range(3)
 # Tiles of 8 tokens (0: up to four tokens) → bands of 16 rows to a block, warps to a band: the fastest on an
@@ -280,6 +281,40 @@ def gated_shape(
     if rows > 32 * multiprocessors:
         return GatedShape(8, 32, 1, 6, 3)
     return GatedShape(16, 32, 1, 6, 2)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, counters: Tensor, scale: float
+) -> Tensor:
+    """EnvironmentFault where ops.attend_fits() is False."""
+    aligned = k.data_ptr() % 16 == 0 and v.data_ptr() % 16 == 0
+    enough = counters.numel() >= len(q) * k.shape[1]
+    if not (aligned and enough and attend_fits(q, k, v, mask)):
+        raise EnvironmentFault(f"attend: no kernel for {tuple(q.shape)} over {tuple(k.shape)}")
+    batch, heads, _, width = q.shape
+    kv_heads, length = k.shape[1:3]
+    group, device = heads // kv_heads, q.device.index
+    q = q.contiguous()
+    if mask is not None and mask.stride(-1) != 1:
+        mask = mask.contiguous()
+    y = q.new_empty(batch, 1, heads, width)
+    # Blocks for two to a multiprocessor, each with 64 tokens or more.
+    most = -(-2 * cuda.architecture(device)[1] // (batch * kv_heads))
+    splits = max(1, min(-(-length // 64), most))
+    shape = (batch * kv_heads * splits, group * (width + 2))
+    partial = q.new_empty(shape, dtype=torch.float32) if splits > 1 else None
+    macros = {
+        "D": width, "GROUP": group, "BLOCKS": 2 if group * width <= 512 else 1, "HALF": _half(q),
+        "PDL": int(cuda.is_hopper(device)),
+    }  # fmt: skip
+    strides = (t.stride(d) // 8 for t in (k, v) for d in (0, 1, 2))
+    cuda.launch(
+        "attend", macros, q,
+        (q, k, v, mask, y, partial, counters, scale * _LOG2_E, length, kv_heads, *strides,
+         0 if mask is None else mask.stride(0)),
+        grid=(splits, batch * kv_heads), block=256, shared=4 * group * (64 + 8 * width),
+    )  # fmt: skip
+    return y
 
 
 def _column_bytes(tokens: int) -> int:

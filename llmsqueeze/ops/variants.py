@@ -14,12 +14,23 @@ from llmsqueeze.ops import cuda, kernels
 _TOKENS = (1, 2, 4, 8, 16, 32, 64, 65)
 _ROWS = (64, 9000)
 _GATED = ((64, 4096), (9000, 4096), (20_000, 4096), (64, 14_336), (1000, 576))
+# Heads, kv heads and widths of heads: Llama 2 and 3, SmolLM2-135M, Qwen3, Gemma 3.
+_HEADS = (
+    (32, 32, 128),
+    (32, 8, 128),
+    (16, 8, 128),
+    (9, 3, 64),
+    (32, 8, 64),
+    (4, 1, 256),
+    (8, 4, 256),
+)
 
 
 def all_variants(arch: str, dtype: torch.dtype) -> list[cuda.Variant]:
     """What launches on a GPU of this architecture ask for, over shapes and numbers of tokens.
 
-    Layers of other widths than 576, 4096 and 14336 may need another variant behind a gate.
+    Layers of other widths than 576, 4096 and 14336 may need another variant behind a gate, and heads that
+    are shared otherwise another one of attention.
     """
     with cuda.recording(arch) as found:
         for rows in _ROWS:
@@ -48,6 +59,10 @@ def all_variants(arch: str, dtype: torch.dtype) -> list[cuda.Variant]:
         kernels.outputs24_linear(
             torch.zeros(3, 64, dtype=dtype), x, torch.zeros(64, 1), None, None, 0, 16
         )
+        for heads, kv_heads, width in _HEADS:
+            q, k = (torch.zeros(1, n, 1, width, dtype=dtype) for n in (heads, kv_heads))
+            k = k.expand(1, kv_heads, 128, width)
+            kernels.attend(q, k, k, None, torch.zeros(kv_heads), 1.0)
         return sorted(found)
 
 

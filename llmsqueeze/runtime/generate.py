@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import StaticCache
+from transformers.cache_utils import Cache, StaticLayer
 
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.runtime import attention
 
 # Before a step is captured it runs as it is: kernels are compiled, and libraries take their workspaces.
 _WARM_STEPS = 3
@@ -27,7 +28,11 @@ class Decoder:
         self.model = model
         self.length = length
         self.device = next(model.parameters()).device
-        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        attention.accept(model)
+        # All layers as long as the text, those of sliding attention too: transformers' own for those decide in
+        # Python whether the window is full, which a graph would remember. The mask hides what slid out.
+        count = model.config.get_text_config(decoder=True).num_hidden_layers
+        self.cache = Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(count)])
         parameters = inspect.signature(model.forward).parameters
         # Renamed in transformers 5.24.
         self._options = {"cache" if "cache" in parameters else "past_key_values": self.cache}

@@ -1,0 +1,62 @@
+"""Attention of single tokens by a kernel of our own: transformers copies caches whose keys queries share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from llmsqueeze import stand_in
+from llmsqueeze.ops import attend_fits
+
+_NAME = "llmsqueeze_attend"
+_BASE = "sdpa"
+# Sequences times kv heads that a step may have.
+_COUNTERS = 4096
+# Arguments that make attention something else.
+_CHANGES = ("softcap", "s_aux", "position_bias")
+
+
+def accept(model: nn.Module) -> None:
+    """Let a model on a GPU attend by the kernel when it decodes; whatever has none stays as it is."""
+    config: Any = model.config
+    if next(model.parameters()).device.type == "cuda" and config._attn_implementation == _BASE:
+        install(model)
+
+
+def install(model: nn.Module) -> None:
+    """accept(), wherever the model is; on a CPU the operator runs its reference."""
+    config: Any = model.config
+    device = next(model.parameters()).device
+    counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    for module in model.modules():
+        if hasattr(module, "is_causal"):  # as all attention has
+            module.register_buffer("llmsqueeze_counters", counters, persistent=False)
+    stand_in.register(_NAME, _BASE, attend)
+    config._attn_implementation = _NAME
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention function: by the kernel where it can, else by its own."""
+    plain = not dropout and all(rest.get(name) is None for name in _CHANGES)
+    known = hasattr(module, "llmsqueeze_counters") and len(query) * key.shape[1] <= _COUNTERS
+    if plain and known and attend_fits(query, key, value, mask):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        counters = module.llmsqueeze_counters
+        y: Tensor = torch.ops.llmsqueeze.attend(query, key, value, mask, counters, scale)
+        return y, None
+    found: tuple[Tensor, None] = sdpa_attention_forward(
+        module, query, key, value, mask, scaling=scaling, dropout=dropout, **rest
+    )
+    return found
