@@ -173,18 +173,34 @@ attend(const u16* __restrict__ q, const uint4* __restrict__ k, const uint4* __re
     if (!last) return;
     __threadfence();
     if (threadIdx.x == 0) counters[head] = 0;
-    const volatile float* all = partial + (size_t)head * splits * GROUP * (D + 2);
+    // Every block's share of each head first: its loads then wait for memory together.
+    const float* all = partial + (size_t)head * splits * GROUP * (D + 2);
+    float* shares = shared;  // [GROUP][splits]
+    for (int i = threadIdx.x; i < GROUP * splits; i += WARPS * 32)
+        shares[i] = __ldcg(all + ((i % splits) * GROUP + i / splits) * (D + 2) + D);
+    __syncthreads();
+    if (warp < GROUP) {
+        float* own_shares = shares + warp * splits;
+        float most = -INFINITY_, whole = 0;
+        for (int s = lane; s < splits; s += 32) most = fmaxf(most, own_shares[s]);
+#pragma unroll
+        for (int apart = 16; apart; apart >>= 1) most = fmaxf(most, __shfl_xor_sync(ALL, most, apart));
+        for (int s = lane; s < splits; s += 32) {
+            const float share = power_of_two(own_shares[s] - most);
+            own_shares[s] = share;
+            whole = fmaf(__ldcg(all + (s * GROUP + warp) * (D + 2) + D + 1), share, whole);
+        }
+#pragma unroll
+        for (int apart = 16; apart; apart >>= 1) whole += __shfl_xor_sync(ALL, whole, apart);
+        if (lane == 0) weight[warp] = whole;
+    }
+    __syncthreads();
     for (int i = threadIdx.x; i < GROUP * D; i += WARPS * 32) {
         const int h = i / D, d = i % D;
-        float most = -INFINITY_;
-        for (int s = 0; s < splits; s++) most = fmaxf(most, all[(s * GROUP + h) * (D + 2) + D]);
-        float total = 0, whole = 0;
-        for (int s = 0; s < splits; s++) {
-            const volatile float* from = all + (s * GROUP + h) * (D + 2);
-            const float share = power_of_two(from[D] - most);
-            total = fmaf(from[d], share, total);
-            whole = fmaf(from[D + 1], share, whole);
-        }
-        y[(size_t)(head * GROUP + h) * D + d] = narrow(total / whole);
+        float total = 0;
+#pragma unroll 8
+        for (int s = 0; s < splits; s++)
+            total = fmaf(__ldcg(all + (s * GROUP + h) * (D + 2) + d), shares[h * splits + s], total);
+        y[(size_t)(head * GROUP + h) * D + d] = narrow(total / weight[h]);
     }
 }

@@ -22,7 +22,9 @@ _CHANGES = ("softcap", "s_aux", "position_bias")
 def accept(model: nn.Module) -> None:
     """Let a model on a GPU attend by the kernel when it decodes; whatever has none stays as it is."""
     config: Any = model.config
-    if next(model.parameters()).device.type == "cuda" and config._attn_implementation == _BASE:
+    # A config may have been through this with another model.
+    known = config._attn_implementation in (_BASE, _NAME)
+    if known and next(model.parameters()).device.type == "cuda":
         install(model)
 
 
