@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from llmsqueeze import ops
 from llmsqueeze.errors import EnvironmentFault
-from llmsqueeze.numerics import gaps, sparse24
+from llmsqueeze.numerics import gaps, int8, masks, mixed24, outputs24, sparse24
 from llmsqueeze.ops import cuda
 
 PACKAGES = (
@@ -87,45 +88,82 @@ def cached_kernels() -> tuple[Path, int]:
     return folder, len(list(folder.glob("*.cubin")))
 
 
+# An operator at work: of x, what it computes, and in fp64 what that should be.
+Case = tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], tuple[int, ...]]
+
+
 @torch.no_grad()
 def self_test(device: torch.device) -> list[Check]:
     """Every operator on small random weights, against fp64."""
     generator = torch.Generator().manual_seed(0)
-    magnitude = torch.rand(_ROWS, _COLUMNS, generator=generator)
-    weight = torch.randn(_ROWS, _COLUMNS, generator=generator).bfloat16()
-    keep = (magnitude.view(_ROWS, -1, 4).argsort(-1) < 2).flatten(1)
-    tiled, loose = (weight * keep).to(device), (weight * (magnitude < 0.5)).to(device)
-    stream, packed = sparse24.pack(tiled), gaps.pack_best(loose)
-    whole = ops.input_major(weight.to(device))
-    threshold = torch.full((_COLUMNS,), 0.6, device=device)
-    library = torch.ops.llmsqueeze
-
-    def gated(x: Tensor) -> Tensor:
-        return library.gated_linear(x, threshold, whole, None, None, None)
-
-    def gap(x: Tensor) -> Tensor:
-        shape = packed.shape.bits, packed.shape.parts, packed.blocks, packed.reach
-        return library.gap_linear(
-            x, packed.stream, packed.starts, packed.first, packed.order, None, _ROWS, *shape
-        )
-
-    def two_four(x: Tensor) -> Tensor:
-        return library.sparse24_linear(x, stream, None, _ROWS)
-
     checks = []
-    for name, call, dense, counts in (
-        ("sparse24_linear", two_four, tiled, (1, 8, 64)),
-        ("gap_linear", gap, loose, (1, 4, 64)),
-        ("gated_linear", gated, whole, (1, 2)),
-    ):
+    for name, call, expect, counts in (*_linears(device, generator), _attention(device, generator)):
         began = time.perf_counter()
         worst = 0.0
         for tokens in counts:
             x = torch.randn(tokens, _COLUMNS, generator=generator).bfloat16().to(device)
-            seen = x.double()
-            if call is gated:
-                seen = seen * (x.float().abs() > threshold)
-            expected = seen @ dense.double().t()
+            expected = expect(x)
             worst = max(worst, float((call(x).double() - expected).norm() / expected.norm()))
         checks.append(Check(name, str(device), worst, time.perf_counter() - began))
     return checks
+
+
+def _linears(device: torch.device, generator: torch.Generator) -> list[Case]:
+    magnitude = torch.rand(_ROWS, _COLUMNS, generator=generator)
+    weight = torch.randn(_ROWS, _COLUMNS, generator=generator).bfloat16().to(device)
+    scores = magnitude.to(device)
+    halved, loose = weight * masks.keep_nm(scores, 2, 4), weight * (scores < 0.5)
+    tiles = weight * masks.keep_tiles(scores, 128, 8)
+    along = weight * masks.keep_nm_out(scores, 2, 4, 0.02)
+    stream, packed, mixed = sparse24.pack(halved), gaps.pack_best(loose), mixed24.pack(tiles)
+    columns, whole = outputs24.pack(along), ops.input_major(weight)
+    codes, largest = int8.encode(weight)
+    eight, rounded = (ops.input_major(codes), int8.scales(largest)), int8.round_weight(weight)
+    shape = packed.shape.bits, packed.shape.parts, packed.blocks, packed.reach
+    fields = packed.stream, packed.starts, packed.first, packed.order, None, _ROWS
+    threshold = torch.full((1,), 0.6, device=device)
+    library = torch.ops.llmsqueeze
+
+    def of(dense: Tensor, gated: bool = False) -> Callable[[Tensor], Tensor]:
+        def expect(x: Tensor) -> Tensor:
+            seen = x.double() * (x.float().abs() > threshold) if gated else x.double()
+            return seen @ dense.double().t()
+
+        return expect
+
+    three, out = (None, None, None), (columns.values, columns.keep, columns.index)
+    return [
+        ("sparse24_linear", lambda x: library.sparse24_linear(x, stream, None, _ROWS), of(halved),
+         (1, 8, 64)),
+        ("mixed24_linear", lambda x: library.mixed24_linear(x, *vars(mixed).values(), None, _ROWS),
+         of(tiles), (1, 8, 64)),
+        ("gap_linear", lambda x: library.gap_linear(x, *fields, *shape), of(loose), (1, 4, 64)),
+        ("int8_linear", lambda x: library.int8_linear(x, *eight, None), of(rounded), (1, 64)),
+        ("gated_linear", lambda x: library.gated_linear(x, threshold, whole, *three),
+         of(weight, True), (1, 2)),
+        ("gated_int8_linear", lambda x: library.gated_int8_linear(x, threshold, *eight, *three),
+         of(rounded, True), (1, 2)),
+        ("gated_24_linear", lambda x: library.gated_24_linear(x, threshold, *out, *three, _ROWS),
+         of(along, True), (1, 2)),
+        ("outputs24_linear", lambda x: library.outputs24_linear(x, *out, None, 0, _ROWS), of(along),
+         (64,)),
+    ]  # fmt: skip
+
+
+def _attention(device: torch.device, generator: torch.Generator) -> Case:
+    """Of 8 heads over 2 kv heads, 128 wide, and 300 tokens that each sequence has cached."""
+    k, v = torch.randn(2, 1, 2, 300, 128, generator=generator).bfloat16().to(device)
+    counters = torch.zeros(64, dtype=torch.int32, device=device)
+
+    def call(x: Tensor) -> Tensor:
+        held = (t.expand(len(x), -1, -1, -1) for t in (k, v))
+        q = x.view(len(x), 8, 1, 128)
+        y: Tensor = torch.ops.llmsqueeze.attend(q, *held, None, counters, 0.1)
+        return y
+
+    def expect(x: Tensor) -> Tensor:
+        q = x.double().view(len(x), 2, 4, 128)
+        weights = (0.1 * q @ k.double().mT).softmax(-1)
+        return (weights @ v.double()).reshape(len(x), 1, 8, 128)
+
+    return "attend", call, expect, (1, 3)

@@ -29,8 +29,8 @@ class Decoder:
         self.length = length
         self.device = next(model.parameters()).device
         attention.accept(model)
-        # All layers as long as the text, those of sliding attention too: transformers' own for those decide in
-        # Python whether the window is full, which a graph would remember. The mask hides what slid out.
+        # All layers as long as the text, those of sliding attention too: transformers' own for those decide
+        # in Python whether the window is full, which a graph would remember. The mask hides what slid out.
         count = model.config.get_text_config(decoder=True).num_hidden_layers
         self.cache = Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(count)])
         parameters = inspect.signature(model.forward).parameters
