@@ -95,7 +95,7 @@ def copies_of(*tensors: Tensor) -> tuple[list[tuple[Tensor, ...]], int]:
 def relative_error(y: Tensor, reference: Tensor) -> float:
     """‖y - reference‖ / ‖reference‖, in fp64."""
     reference = reference.double()
-    return float((y.double() - reference).norm() / reference.norm())
+    return float((y.double() - reference).norm() / reference.norm().clamp_min(1e-300))
 
 
 def best_dense(weight: Tensor, x: Tensor) -> Timing:

@@ -83,7 +83,8 @@ def kernels(console: Console, shapes: str, tokens: str) -> None:
 {CHECKPOINT_HELP}
 
 Greedy, batch 1, a cache of fixed size, every step one CUDA graph. Both are compiled by torch.compile, which
-takes a minute each; --no-compile leaves it out. Logits of both are compared first.
+takes a minute each; --no-compile leaves it out. Every operator's result is compared with its reference
+first.
 """
 )
 @click.argument("checkpoint")
@@ -119,8 +120,8 @@ def model(
         "checkpoint": name, "gpu": torch.cuda.get_device_name(where), "torch": torch.__version__,
         "dtype": dtype, "prompt": prompt, "compiled": compiled, "formats": found.formats,
         "dense": _speed(found.dense), "compressed": _speed(found.compressed),
-        "speedup": found.speedup, "bound": found.bound, "logit_error": found.error,
-        "same_tokens": found.same_tokens, "tokens": found.tokens,
+        "speedup": found.speedup, "bound": found.bound, "error": found.error,
+        "logit_error": found.logit_error, "same_tokens": found.same_tokens, "tokens": found.tokens,
     }  # fmt: skip
     console.result(document, facts(name, _rows(found)))
 
@@ -146,8 +147,8 @@ def _rows(found: Comparison) -> dict[str, str]:
         "weights on the GPU": f"{size(mine.weights)}, dense {size(dense.weights)}",
         "read per token": f"{size(mine.read)}, dense {size(dense.read)}",
         "loading": f"{mine.load_seconds:.1f} s, dense {dense.load_seconds:.1f}",
-        "check": f"logits {found.error:.1%} off dense in the same dtype, "
-        f"first {found.same_tokens} of {found.tokens} greedy tokens the same",
+        "check": f"operators off by {found.error:.1e} at most, logits by {found.logit_error:.1%} from dense "
+        f"in the same dtype; first {found.same_tokens} of {found.tokens} greedy tokens the same",
     }
 
 

@@ -77,7 +77,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "dense_gemv": (),
     "doctor": ("numerics", "ops", "errors"),
     "bench": ("dense_gemv", "numerics", "ops", "errors"),
-    "bench_model": ("bench", "checkpoint", "evaluate", "runtime", "errors"),
+    "bench_model": ("bench", "checkpoint", "evaluate", "ops", "runtime", "errors"),
     "passkey": ("device", "evaluate", "errors"),
     "card": ("activation", "checkpoint", "kv_record", "recipe"),
     "kv_calibration": ("blocks", "numerics", "observe", "runtime.positions", "errors"),

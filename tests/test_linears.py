@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from llmsqueeze import ops
 from llmsqueeze.activation import Policy
+from llmsqueeze.bench_model import operator_error
 from llmsqueeze.errors import EnvironmentFault, RecipeError
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
 from llmsqueeze.numerics.masks import keep_nm_out, keep_tiles
@@ -222,6 +224,29 @@ def test_pruned_weights_of_eight_bits_take_the_faster_kernel() -> None:
         kept = (torch.rand(64, 64) >= sparsity).float()
         assert _packed_kind(int8.round_weight((weight * kept).bfloat16())) is kind
     assert _packed_kind(weight.bfloat16()) is None
+
+
+@pytest.mark.parametrize("wrong", [None, "scaled", "nan"])
+def test_operators_are_compared_on_what_they_meet(
+    wrong: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = of_format(gated_model(), "int8")
+    pack_linears(model, CPU)
+    reference = ops.gated_int8_linear
+    met = []
+
+    def changed(*given: Any) -> Tensor:
+        met.append(given[0].shape)
+        return reference(*given) * {None: 1, "scaled": 1.5, "nan": torch.nan}[wrong]
+
+    monkeypatch.setattr(ops, "gated_int8_linear", changed)
+    error, operator = operator_error(model, IDS[0])
+    assert set(met) == {(1, 1, 40), (1, 1, 72)}  # one token, whatever the prompt
+    if wrong is None:
+        assert error == 0
+    else:
+        assert operator == "gated_int8_linear"
+        assert not error <= 0.3
 
 
 def test_gates_can_be_taken_out() -> None:
