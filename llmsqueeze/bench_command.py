@@ -12,9 +12,12 @@ from llmsqueeze.command import (
     CHECKPOINT_HELP,
     checkpoint_options,
     common,
+    conclude,
+    condition_options,
     device_option,
     open_checkpoint,
 )
+from llmsqueeze.conditions import Condition
 from llmsqueeze.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -92,20 +95,25 @@ first.
 @click.option("--compile/--no-compile", "compiled", default=True, show_default=True)
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16",
               show_default=True)  # fmt: skip
+@condition_options
+@click.option("--min-speedup", type=float, metavar="TIMES",
+              help="End with exit code 1 if decoding is not so many times as fast.")  # fmt: skip
 @device_option
 @checkpoint_options
 @common
 def model(
-    console: Console, checkpoint: str, prompt: int, compiled: bool, dtype: str, device: str,
-    offline: bool, cache_dir: Path,
+    console: Console, checkpoint: str, prompt: int, compiled: bool, dtype: str,
+    fail_if: tuple[str, ...], min_speedup: float | None, device: str, offline: bool, cache_dir: Path,
 ) -> None:  # fmt: skip
     if prompt < 16:
         raise RecipeError(f"--prompt {prompt}: at least 16 tokens are needed")
+    conditions = [Condition.parse(condition) for condition in fail_if]
+    if min_speedup is not None:
+        conditions.append(Condition.parse(f"speedup < {min_speedup}"))
 
     import torch
 
     from llmsqueeze import bench_model
-    from llmsqueeze.console import facts
     from llmsqueeze.data import evaluation_windows, load_tokenizer
     from llmsqueeze.device import choose_device
 
@@ -123,7 +131,7 @@ def model(
         "speedup": found.speedup, "bound": found.bound, "error": found.error,
         "logit_error": found.logit_error, "same_tokens": found.same_tokens, "tokens": found.tokens,
     }  # fmt: skip
-    console.result(document, facts(name, _rows(found)))
+    conclude(console, document, name, _rows(found), conditions)
 
 
 def _speed(speed: Speed) -> dict[str, Any]:

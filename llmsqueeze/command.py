@@ -8,7 +8,7 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -21,9 +21,11 @@ from llmsqueeze.recipe import DTYPES, config_fields
 if TYPE_CHECKING:
     from llmsqueeze.activation import ActivationRecord
     from llmsqueeze.checkpoint import Checkpoint
+    from llmsqueeze.conditions import Condition
     from llmsqueeze.console import Console
     from llmsqueeze.kv_record import KvRecord
 
+EXIT_FAILED = 1
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 
@@ -105,6 +107,37 @@ CALIBRATION = {
     "seed": "seed",
     "bos": "bos",
 }
+
+
+def condition_options(body: Callable[..., None]) -> Callable[..., None]:
+    """--fail-if, on what a command reports."""
+    option = click.option(
+        "--fail-if", multiple=True, metavar="CONDITION",
+        help='End with exit code 1 if this holds of the JSON report, as in "token_ppl_ratio > 1.05" or '
+        '"passkey.accuracy < 0.6", or if it has no such number. Repeatable.',
+    )  # fmt: skip
+    return option(body)
+
+
+def conclude(
+    console: Console, document: dict[str, Any], title: str, rows: dict[str, str],
+    conditions: Sequence[Condition],
+) -> None:  # fmt: skip
+    """Print the result, judged; exit code 1 if a condition to fail holds."""
+    from llmsqueeze.conditions import judge
+    from llmsqueeze.console import facts
+
+    outcomes = judge(document, conditions)
+    if outcomes:
+        document = {**document, "conditions": [outcome.describe() for outcome in outcomes]}
+        for outcome in outcomes:
+            rows[f"fail if {outcome.condition}"] = "FAILED" if outcome.failed else "passed"
+    console.result(document, facts(title, rows))
+    for outcome in outcomes:
+        if outcome.failed:
+            console.failed(str(outcome))
+    if any(outcome.failed for outcome in outcomes):
+        sys.exit(EXIT_FAILED)
 
 
 def config_options(

@@ -43,6 +43,10 @@ class Console:
         if self.json:
             print(json.dumps({"error": line, "exit_code": exit_code}))
 
+    def failed(self, message: str) -> None:
+        """One line about a condition that a result does not meet; the result itself is out already."""
+        self._err.print(f"[bold red]failed:[/bold red] {_escape(message)}")
+
     def result(self, document: dict[str, Any], *tables: Table) -> None:
         """The outcome: one JSON document, or tables for people."""
         if self.json:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,10 +15,13 @@ from llmsqueeze.command import (
     backend_option,
     checkpoint_options,
     common,
+    conclude,
+    condition_options,
     device_option,
     open_checkpoint,
 )
-from llmsqueeze.errors import RecipeError
+from llmsqueeze.conditions import Condition, parse_size
+from llmsqueeze.errors import DataError, RecipeError
 from llmsqueeze.recipe import DTYPES
 
 if TYPE_CHECKING:
@@ -62,10 +67,16 @@ perplexity hardly notices.
 A checkpoint with a KV-cache format, or any with --kv-cache, is measured with every key and value quantised
 as it is cached, the prompt's and the newest token's included; attention sees only what was read back.
 Bits are those allocated, scales, outliers and sinks included.
+
+For pipelines: --fail-if and --max-size end with exit code 1, which nothing else does. What was not measured
+fails.
 """,
 )
 @click.argument("checkpoint")
 @click.option("--against", metavar="DENSE", help="Also measure this one, with the same settings.")
+@click.option("--baseline", type=click.Path(path_type=Path), metavar="REPORT",
+              help="What an earlier `eval --json` of the dense model printed, with the same settings: "
+              "instead of --against.")  # fmt: skip
 @click.option(
     "--text", type=click.Path(path_type=Path), help="UTF-8 text file.  [default: bundled]"
 )
@@ -86,6 +97,9 @@ Bits are those allocated, scales, outliers and sinks included.
 @backend_option
 @click.option("--passkey", is_flag=True,
               help="Also measure how often a key hidden in a long text is found.")  # fmt: skip
+@condition_options
+@click.option("--max-size", metavar="SIZE",
+              help="End with exit code 1 if the tensors take more, as in 180MB.")  # fmt: skip
 @device_option
 @checkpoint_options
 @common
@@ -93,6 +107,7 @@ def evaluate(
     console: Console,
     checkpoint: str,
     against: str | None,
+    baseline: Path | None,
     text: Path | None,
     seqlen: int | None,
     windows: int | None,
@@ -102,6 +117,8 @@ def evaluate(
     kv_cache: str | None,
     backend: str | None,
     passkey: bool,
+    fail_if: tuple[str, ...],
+    max_size: str | None,
     device: str,
     offline: bool,
     cache_dir: Path,
@@ -110,11 +127,18 @@ def evaluate(
         raise RecipeError(f"--windows {windows}: at least one window is needed")
     if seqlen is not None and seqlen < 2:
         raise RecipeError(f"--seqlen {seqlen}: a window needs at least two tokens")
+    if against and baseline:
+        raise RecipeError(
+            "--against measures the dense model, --baseline knows it: give one of them"
+        )
+    conditions = [Condition.parse(condition) for condition in fail_if]
+    if max_size is not None:
+        conditions.append(Condition("size_bytes", ">", parse_size(max_size)))
+    earlier = _read_baseline(baseline) if baseline else None
 
     import torch
 
     from llmsqueeze.activation import Policy
-    from llmsqueeze.console import facts
     from llmsqueeze.data import (
         BUNDLED_EVALUATION,
         Windows,
@@ -134,6 +158,7 @@ def evaluate(
         packed_cache,
         parse_format,
     )
+    from llmsqueeze.traffic import bytes_per_token
 
     policy = Policy.parse(gate or DEFAULT_GATE)
     kv_format = parse_format(kv_cache) if kv_cache and kv_cache != "none" else None
@@ -184,6 +209,15 @@ def evaluate(
         return Measured(found, dropped, bits, answers)
 
     cutting = cut(opened)
+    settings = {
+        "seqlen": length,
+        "windows": len(cutting.tokens),
+        "bos": bos,
+        "dtype": str(precision).removeprefix("torch."),
+        "text_sha256": cutting.text_sha256,
+    }
+    if earlier:
+        _check_baseline(earlier, settings, str(baseline))
     if other and not torch.equal(cut(other[0]).tokens, cutting.tokens):
         raise RecipeError(f"{against} and {checkpoint} tokenise the text differently")
     prompts = []
@@ -208,17 +242,27 @@ def evaluate(
         "text": cutting.source,
         "text_sha256": cutting.text_sha256,
         "seconds": mine.seconds,
+        "size_bytes": opened.stored_bytes,
+        "bytes_per_token": bytes_per_token(opened, dropped=measured.dropped or None),
     }
     rows = {f"token_ppl@{mine.seqlen}": f"{mine.token_ppl:.3f}"}
     if other:
         reference = measure(other[0], "dense")
         dense = reference.perplexity.token_ppl
+        answers = reference.retrieval.describe() if reference.retrieval else None
+        earlier = {"checkpoint": other[1], "token_ppl": dense, "passkey": answers}
+    if earlier:
+        dense = earlier["token_ppl"]
         ratio = mine.token_ppl / dense
-        document |= {"against": other[1], "dense_token_ppl": dense, "ratio": ratio}
+        document |= {
+            "against": earlier["checkpoint"],
+            "dense_token_ppl": dense,
+            "token_ppl_ratio": ratio,
+        }
         rows |= {"dense": f"{dense:.3f}", "ratio": f"{ratio:.3f}"}
-        if reference.retrieval:
-            document["dense_passkey"] = reference.retrieval.describe()
-            rows["keys found, dense"] = f"{reference.retrieval.accuracy:.0%}"
+        if measured.retrieval and earlier.get("passkey"):
+            document["dense_passkey"] = earlier["passkey"]
+            rows["keys found, dense"] = f"{earlier['passkey']['accuracy']:.0%}"
     if measured.retrieval:
         document["passkey"] = measured.retrieval.describe()
         count, size_ = len(measured.retrieval.found), measured.retrieval.length
@@ -240,7 +284,31 @@ def evaluate(
         rows |= _activation_rows(gates)
         for message in drifts(gates):
             console.note(message)
-    console.result(document, facts(name, rows))
+    conclude(console, document, name, rows, conditions)
+
+
+def _read_baseline(path: Path) -> dict[str, Any]:
+    """The report of an earlier `eval --json`; DataError if it is none."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        usable = isinstance(report["checkpoint"], str) and 0 < report["token_ppl"] < math.inf
+    except OSError as error:
+        raise DataError(f"--baseline {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"--baseline {path}: not a report of `eval --json`") from error
+    if not usable:
+        raise DataError(f"--baseline {path}: its perplexity is {report['token_ppl']}")
+    return dict(report)
+
+
+def _check_baseline(report: dict[str, Any], settings: dict[str, Any], path: str) -> None:
+    """DataError unless it was measured with the same settings."""
+    for name, value in settings.items():
+        if report.get(name) != value:
+            raise DataError(
+                f"--baseline {path}: {name} was {report.get(name)!r}, now it is {value!r}; measure the "
+                "dense model again"
+            )
 
 
 def _activation(

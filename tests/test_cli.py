@@ -58,7 +58,9 @@ def test_eval_json_contract(cli: Cli, tiny: Tiny, tmp_path: Path, prune_args: li
     assert document["tokens"] == 5 * 31
     assert document["dtype"] == "float32"
     assert len(document["text_sha256"]) == 64
-    assert document["ratio"] == pytest.approx(document["token_ppl"] / document["dense_token_ppl"])
+    assert document["token_ppl_ratio"] == pytest.approx(
+        document["token_ppl"] / document["dense_token_ppl"]
+    )
     assert document["token_ppl"] != document["dense_token_ppl"]
 
 

@@ -51,7 +51,7 @@ def test_the_default_costs_less_than_magnitude(cli: Any, folder: Path, pruned: P
     worse = json.loads(cli("eval", magnitude, *EVALUATION).stdout)
     assert mine["dense_token_ppl"] < mine["token_ppl"] < 4 * mine["dense_token_ppl"]
     assert worse["token_ppl"] > 3 * mine["token_ppl"]
-    assert mine["ratio"] == pytest.approx(mine["token_ppl"] / mine["dense_token_ppl"])
+    assert mine["token_ppl_ratio"] == pytest.approx(mine["token_ppl"] / mine["dense_token_ppl"])
 
 
 def test_perplexity_is_that_of_a_plain_transformers_loop(cli: Any, pruned: Path) -> None:

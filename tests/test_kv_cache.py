@@ -322,7 +322,9 @@ def test_eval_reports_format_and_bits(cli: Any, tiny: Any, text_file: Path, name
         "quantised": "every update",
     }
     # The same weights on both sides: what differs is the cache, of CHECKPOINT alone.
-    assert document["ratio"] != 1 and document["ratio"] == pytest.approx(1, abs=0.2)
+    assert document["token_ppl_ratio"] != 1 and document["token_ppl_ratio"] == pytest.approx(
+        1, abs=0.2
+    )
     plain = json.loads(cli(*args, "--json", "-q").stdout)
     assert plain["token_ppl"] == document["dense_token_ppl"] and "kv_cache" not in plain
 

@@ -48,6 +48,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     ),
     "encodings": ("numerics",),
     "encode_recipe": ("errors",),
+    "conditions": ("errors",),
     "data": ("errors",),
     "source": ("shards", "errors"),
     "streams": (),
