@@ -35,6 +35,7 @@ class EncodedCheckpoint(Checkpoint):
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         tensors = self._inner.read(names)
+        known = self._inner.site_reports
         for name in self._weights & tensors.keys():
             weight = tensors[name]
             tensors[name] = rounded = int8.round_weight(weight)
@@ -42,8 +43,7 @@ class EncodedCheckpoint(Checkpoint):
                 (rounded - weight).float().norm() / weight.float().norm().clamp_min(1e-30)
             )
             site = name.removesuffix(".weight")
-            known = self._inner.site_reports.get(site, {})
-            self._reports[site] = {**known, "rounding_error": error}
+            self._reports[site] = {**known.get(site, {}), "rounding_error": error}
         return tensors
 
     @property
