@@ -1,4 +1,4 @@
-"""`llmsqueeze compress`: prune, sparsify and quantize-kv by one recipe."""
+"""`llmsqueeze compress`: prune, encode, sparsify and quantize-kv by one recipe."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    help=f"""Prune, sparsify and quantize-kv CHECKPOINT by one recipe, into one checkpoint.
+    help=f"""Prune, encode, sparsify and quantize-kv CHECKPOINT by one recipe, into one checkpoint.
 
 {CHECKPOINT_HELP}
 
-The recipe is YAML: steps (prune, sparsify, quantize-kv) and their settings, those of each command's own
---recipe; a step without settings takes the defaults. A llmsqueeze.json is one, too: it says how its
-checkpoint was made. Steps are done in that order, and the result is what the commands would give one
-after another.
+The recipe is YAML: steps (prune, encode, sparsify, quantize-kv) and their settings, those of each command's
+own --recipe; a step without settings takes the defaults. encode rounds linears to int8. A llmsqueeze.json is
+a recipe, too: it says how its checkpoint was made. Steps are done in that order, and the result is what the
+commands would give one after another.
 """
 )
 @click.argument("checkpoint")

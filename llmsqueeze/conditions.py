@@ -31,7 +31,7 @@ class Condition:
     limit: float
 
     def __str__(self) -> str:
-        return f"{self.metric} {self.compare} {self.limit:g}"
+        return f"{self.metric} {self.compare} {_text(self.limit)}"
 
     @classmethod
     def parse(cls, text: str) -> Condition:
@@ -64,7 +64,7 @@ class Outcome:
         return _COMPARE[self.condition.compare](self.value, self.condition.limit)
 
     def __str__(self) -> str:
-        found = "not in the report" if self.value is None else f"{self.value:g}"
+        found = "not in the report" if self.value is None else _text(self.value)
         return f"{self.condition}: {found}"
 
     def describe(self) -> dict[str, Any]:
@@ -77,6 +77,11 @@ class Outcome:
 def judge(document: dict[str, Any], conditions: Iterable[Condition]) -> list[Outcome]:
     """Every condition on a report."""
     return [Outcome(condition, _find(document, condition.metric)) for condition in conditions]
+
+
+def _text(number: float) -> str:
+    whole = math.isfinite(number) and number == round(number) and abs(number) < 1e15
+    return str(round(number)) if whole else f"{number:g}"
 
 
 def _find(document: Any, path: str) -> float | None:

@@ -1,7 +1,7 @@
 """Several kinds of compression as one request: each step on what the one before made, one checkpoint out.
 
-Pruning and thresholds are one walk over the model: a block's thresholds are calibrated as soon as it is
-pruned, each step on activations of its own.
+Pruning, rounding and thresholds are one walk over the model: a block's thresholds are calibrated as soon as
+it is pruned and rounded, each step on activations of its own.
 """
 
 from __future__ import annotations

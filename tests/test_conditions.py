@@ -82,7 +82,7 @@ def test_a_report_says_what_was_judged(evaluate: Callable[..., Any], tiny: Tiny)
     assert document["token_ppl_ratio"] == 1
     assert [c["failed"] for c in document["conditions"]] == [False, False]
     assert document["conditions"][1] == {
-        "fail_if": "size_bytes > 1e+09", "value": document["size_bytes"], "failed": False,
+        "fail_if": "size_bytes > 1000000000", "value": document["size_bytes"], "failed": False,
     }  # fmt: skip
     files = tiny().glob("*.safetensors")
     assert document["size_bytes"] < sum(f.stat().st_size for f in files)
