@@ -7,13 +7,13 @@
 //      u16, the keep mask of the 16. index: [columns] u16, the input that meets a column, or null: the input
 //      of the same number. An input may meet two columns (then all 16 weights can be non-zero) or none.
 // common: the threshold of all inputs, fp32, or null: all count. limits: [inputs], thresholds in the dtype of
-// x, instead. Of fp32 ones every block would read twice the bytes of x: 1 µs on an H100. x: [tokens, inputs]; y: [tokens, rows]; bias: [rows] or null.
+// x, instead: every block reads them. x: [tokens, inputs]; y: [tokens, rows]; bias: [rows] or null.
 //
 // CLUSTER blocks divide the columns of a tile of TILE rows; each lists its active inputs in shared memory
 // and streams their columns. NaN and infinity are always active: they show, as in the reference.
 //
-// Macros: FORMAT, WARPS, TILE (32 to 256), CLUSTER (1 before sm_90), DEPTH loads in flight (even), ITEMS pairs of
-// inputs that a thread examines, BLOCKS that fit a multiprocessor.
+// Macros: FORMAT, WARPS, TILE (32 to 256), CLUSTER (1 before sm_90), DEPTH loads in flight (even), ITEMS pairs
+// of inputs that a thread examines, BLOCKS that fit a multiprocessor.
 
 #define THREADS (WARPS * 32)
 #define OUTPUTS (FORMAT ? 16 : 8)   // of a lane
@@ -92,10 +92,10 @@ __device__ __forceinline__ void add(float* sum, const uint4& w, u32 keep, float 
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 gated(const uint4* __restrict__ weight, const u16* __restrict__ x, const float* __restrict__ common,
-      const u16* __restrict__ limits, u16* __restrict__ y, const u16* __restrict__ bias, const float* __restrict__ scale,
-      const u16* __restrict__ meta, const u16* __restrict__ index, int rows, int columns, int inputs,
-      int stride) {
-    extern __shared__ u32 list[];   // number of a column in the share, and the input that meets it; then `parts`
+      const u16* __restrict__ limits, u16* __restrict__ y, const u16* __restrict__ bias,
+      const float* __restrict__ scale, const u16* __restrict__ meta, const u16* __restrict__ index, int rows,
+      int columns, int inputs, int stride) {
+    extern __shared__ u32 list[];  // a column's number in the share, and the input it meets; then `parts`
     __shared__ int counts[WARPS];
 #if CLUSTER > 1
     __shared__ float mine[CLUSTER][TILE / CLUSTER];
@@ -203,9 +203,9 @@ gated(const uint4* __restrict__ weight, const u16* __restrict__ x, const float* 
 done:
     __syncwarp();
     constexpr int own_rows = TILE / CLUSTER;
-    const int i = threadIdx.x;  // of the tile's outputs; no more than threads
-    const int row = tile * TILE + rank * own_rows + i;
-    const bool mine_to_store = i < own_rows && row < rows;
+    const int output = threadIdx.x;  // of the tile; there are no more than threads
+    const int row = tile * TILE + rank * own_rows + output;
+    const bool mine_to_store = output < own_rows && row < rows;
     const float factor = FORMAT == 1 && mine_to_store ? scale[row] : 1;
     const float offset = bias && mine_to_store ? widen(bias[row]) : 0;
     // Lanes of a warp that read other columns of the same outputs, each ending with a share of them; then
@@ -228,23 +228,23 @@ done:
     __syncthreads();
     cluster_wait();  // every block of the cluster has begun
     float total = 0;
-    if (i < TILE)
+    if (output < TILE)
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) total += parts[w * TILE + i];
+        for (int w = 0; w < WARPS; w++) total += parts[w * TILE + output];
 #if CLUSTER > 1
     // Outputs are divided among the blocks; each gets what the others found for its own.
-    if (i < TILE) {
-        const u32 to = shared_address(&mine[rank][i % own_rows]);
+    if (output < TILE) {
+        const u32 to = shared_address(&mine[rank][output % own_rows]);
         u32 remote;
-        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(to), "r"(i / own_rows));
+        asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(to), "r"(output / own_rows));
         asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(remote), "f"(total) : "memory");
     }
     cluster_arrive();
     cluster_wait();
     total = 0;
-    if (i < own_rows)
+    if (output < own_rows)
 #pragma unroll
-        for (int r = 0; r < CLUSTER; r++) total += mine[r][i];
+        for (int r = 0; r < CLUSTER; r++) total += mine[r][output];
 #endif
     if (mine_to_store) y[(size_t)token * rows + row] = narrow(fmaf(total, factor, offset));
 }

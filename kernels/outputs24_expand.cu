@@ -22,9 +22,9 @@ outputs24_expand(const uint4* __restrict__ values, const u16* __restrict__ keep,
         for (int group = 0; group < 4; group++) {
             const u32 bits = keep[at] >> (4 * group) & 15;
             const u32 one = words[group] & 0xffff, two = words[group] >> 16;
-            const u32 b = bits & 1 ? two : one, c = bits & 8 ? one : two;
-            out[2 * group] |= (bits & 1 ? one : 0) | (bits & 2 ? b << 16 : 0);
-            out[2 * group + 1] |= (bits & 4 ? c : 0) | (bits & 8 ? two << 16 : 0);
+            const u32 second = bits & 1 ? two : one, third = bits & 8 ? one : two;
+            out[2 * group] |= (bits & 1 ? one : 0) | (bits & 2 ? second << 16 : 0);
+            out[2 * group + 1] |= (bits & 4 ? third : 0) | (bits & 8 ? two << 16 : 0);
         }
     }
     uint4* to = panel + ((size_t)input * count + span) * 2;

@@ -6,6 +6,7 @@ import io
 import os
 import re
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -75,6 +76,19 @@ def test_a_cubin_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     (kept,) = (tmp_path / "kernels").iterdir()
     monkeypatch.setattr(cuda, "compile_cubin", lambda *_: pytest.fail("compiled again"))
     assert cuda.cubin("sparse24_expand", macros, "sm_90") == first == kept.read_bytes()
+
+
+def test_threads_may_all_compile_first() -> None:
+    """In a process of its own: cuda.core must not have been imported."""
+    code = (
+        "import threading; from concurrent.futures import ThreadPoolExecutor;"
+        "from llmsqueeze.ops import cuda; begin = threading.Barrier(8)\n"
+        "def compile(i):\n"
+        "    begin.wait(); return cuda.compile_cubin('outputs24_expand', {'HALF': 0, 'PDL': 0}, 'sm_90')\n"
+        "with ThreadPoolExecutor(8) as pool: print(len(set(pool.map(compile, range(8)))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip() == "1", done.stderr
 
 
 def test_another_source_or_macro_is_another_cubin(

@@ -12,6 +12,7 @@ import hashlib
 import importlib.resources
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ class _Recording:
 
 
 _recording: _Recording | None = None
+_importing = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -69,12 +71,9 @@ def compile_cubin(name: str, macros: Macros, arch: str, log: TextIO | None = Non
 
     Raises EnvironmentFault without cuda.core, and with the compiler's words when it refuses.
     """
-    try:
-        from cuda.core import Program, ProgramOptions
-    except ImportError as error:
-        raise EnvironmentFault(
-            "CUDA kernels need the package cuda-core; run: pip install 'llmsqueeze[cuda]'"
-        ) from error
+    compiler()
+    from cuda.core import Program, ProgramOptions
+
     options = ProgramOptions(
         name=name, arch=arch, std="c++17", define_macro=[(k, str(v)) for k, v in macros.items()],
         ptxas_options=["-v"] if log else None,
@@ -108,8 +107,10 @@ def cubin(name: str, macros: Macros, arch: str) -> bytes:
 def compiler() -> str:
     """Versions of what compiles kernels; EnvironmentFault if it is not installed."""
     try:
-        import cuda.core
-        from cuda.bindings import nvrtc
+        # Another thread would see the package half imported.
+        with _importing:
+            import cuda.core
+            from cuda.bindings import nvrtc
     except ImportError as error:
         raise EnvironmentFault(
             "CUDA kernels need the package cuda-core; run: pip install 'llmsqueeze[cuda]', "
@@ -200,8 +201,8 @@ def launch(
 ) -> None:
     """Run kernels/NAME.cu on the current stream of `like`'s device.
 
-    arguments: tensors, None for a null pointer, and numbers, of 32 bits. shared:
-    bytes of dynamic shared memory.
+    arguments: tensors, None for a null pointer, and numbers, of 32 bits. shared: bytes of dynamic shared
+    memory.
     """
     if _recording:
         _recording.variants.add((name, tuple(sorted(macros.items()))))

@@ -73,7 +73,6 @@ def warm(
 ) -> int:
     """Compile every variant that is not in the cache yet; how many there are. Needs no GPU."""
     found = sorted({variant for dtype in dtypes for variant in all_variants(arch, dtype)})
-    cuda.compiler()  # imported once, before threads do it all at a time
     with ThreadPoolExecutor() as pool:
         jobs = [pool.submit(cuda.cubin, name, dict(macros), arch) for name, macros in found]
         for done, job in enumerate(jobs):
