@@ -7,7 +7,7 @@ import torch
 from transformers import StaticCache
 
 from llmsqueeze.evaluate import cache_options
-from llmsqueeze.ops import attend, attend_fits
+from llmsqueeze.ops import attend, attend_fits, cuda, kernels
 from llmsqueeze.runtime import attention
 from tests.conftest import TINY, tiny_model
 
@@ -86,6 +86,29 @@ def test_models_attend_by_the_operator(family: str, monkeypatch: pytest.MonkeyPa
     assert len(calls) == 3 * model.config.num_hidden_layers
     got = torch.cat(found, dim=1).float()
     assert float((got - expected).norm() / expected.norm()) < 0.02
+
+
+def test_graphs_keep_their_counters() -> None:
+    model = tiny_model().to(torch.bfloat16)
+    attention.install(model)
+    held = [m.llmsqueeze_counters for m in model.modules() if hasattr(m, "llmsqueeze_counters")]
+    assert len(held) == model.config.num_hidden_layers
+    attention.install(model)
+    again = [m.llmsqueeze_counters for m in model.modules() if hasattr(m, "llmsqueeze_counters")]
+    assert all(one is two for one, two in zip(held, again, strict=True))
+
+
+@pytest.mark.parametrize("width", [8, 64, 256])
+def test_blocks_fit_the_memory_of_the_last_one(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    launches = []
+    monkeypatch.setattr(cuda, "launch", lambda *given, **options: launches.append(options))
+    monkeypatch.setattr(cuda, "architecture", lambda index: ("sm_90", 500))
+    monkeypatch.setattr(cuda, "is_hopper", lambda index: True)
+    q = torch.zeros(1, 2, 1, width, dtype=torch.bfloat16)
+    k = torch.zeros(1, 1, 1, width, dtype=torch.bfloat16).expand(1, 1, 100_000, width)
+    kernels.attend(q, k, k, None, torch.zeros(1, dtype=torch.int32), 1.0)
+    (options,) = launches
+    assert 4 * 2 * options["grid"][0] <= options["shared"]
 
 
 def test_models_on_a_cpu_are_left_alone() -> None:

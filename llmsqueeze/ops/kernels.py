@@ -300,7 +300,8 @@ def attend(
     y = q.new_empty(batch, 1, heads, width)
     # Blocks for two to a multiprocessor, each with 64 tokens or more.
     most = -(-2 * cuda.architecture(device)[1] // (batch * kv_heads))
-    splits = max(1, min(-(-length // 64), most))
+    # The last one has room for the shares of so many.
+    splits = max(1, min(-(-length // 64), most, 64 + 8 * width))
     shape = (batch * kv_heads * splits, group * (width + 2))
     partial = q.new_empty(shape, dtype=torch.float32) if splits > 1 else None
     macros = {

@@ -32,10 +32,12 @@ def install(model: nn.Module) -> None:
     """accept(), wherever the model is; on a CPU the operator runs its reference."""
     config: Any = model.config
     device = next(model.parameters()).device
-    counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    fresh = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
     for module in model.modules():
-        if hasattr(module, "is_causal"):  # as all attention has
-            module.register_buffer("llmsqueeze_counters", counters, persistent=False)
+        known = getattr(module, "llmsqueeze_counters", None)
+        # A graph that was captured before works with those that are there.
+        if hasattr(module, "is_causal") and (known is None or known.device != device):
+            module.register_buffer("llmsqueeze_counters", fresh, persistent=False)
     stand_in.register(_NAME, _BASE, attend)
     config._attn_implementation = _NAME
 
