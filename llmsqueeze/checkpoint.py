@@ -342,6 +342,18 @@ class Checkpoint:
             )
 
 
+class ChangingCheckpoint(Checkpoint):
+    """One whose weights are changed while they are read: what was calibrated on the old ones is not there."""
+
+    @property
+    def activation(self) -> ActivationRecord | None:
+        return None
+
+    @property
+    def kv_cache(self) -> KvRecord | None:
+        return None
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """config.json as a dictionary."""
     file = path / "config.json"

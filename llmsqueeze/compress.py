@@ -151,14 +151,7 @@ class Pruning:
         checkpoint, device = self.checkpoint, self.device
         self.recipe, self._tokens, self._calibration = plan.calibration(checkpoint, self.recipe)
         self._dtype = calibration_dtype(self.recipe.dtype, checkpoint.dtype, device)
-        if checkpoint.activation:
-            self._note(
-                "activation thresholds belong to the old weights and are left out; sparsify OUT anew"
-            )
-        if checkpoint.kv_cache:
-            self._note(
-                "the KV cache was calibrated on the old weights and is left out; quantize-kv OUT anew"
-            )
+        note_losses(checkpoint, self._note)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         if self._tokens is not None:
@@ -288,17 +281,26 @@ def copy_weights(
     checkpoint: Checkpoint,
     on_block: Callable[[BlockDone], None] = lambda done: None,
 ) -> None:
-    """Every tensor bit for bit. Sites are those of the manifest, or all linears of a plain checkpoint."""
-    known = checkpoint.manifest.sites if checkpoint.manifest else None
+    """Every tensor as it is read. Sites are those that are known, or all linears of a plain checkpoint."""
     for name in checkpoint.outer_parameters:
         writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
     for block in walk(checkpoint, None, frozenset(), torch.float32, torch.device("cpu")):
         started = time.monotonic()
-        names = [site.name for site in block.sites if known is None or site.name in known]
-        reports = {n: known[n].report if known else {} for n in names}
+        known = checkpoint.site_reports
+        every = checkpoint.manifest is None
+        names = [site.name for site in block.sites if every or site.name in known]
+        reports = {name: known.get(name, {}) for name in names}
         store_block(writer, checkpoint, block.tensors, reports)
         seconds = time.monotonic() - started
         on_block(BlockDone(block.index, checkpoint.block_count, seconds))
+
+
+def note_losses(checkpoint: Checkpoint, note: Callable[[str], None]) -> None:
+    """Say what was calibrated on weights that are about to change, and is left out."""
+    if checkpoint.activation:
+        note("activation thresholds belong to the old weights and are left out; sparsify OUT anew")
+    if checkpoint.kv_cache:
+        note("the KV cache was calibrated on the old weights and is left out; quantize-kv OUT anew")
 
 
 def copy_sides(

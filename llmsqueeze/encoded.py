@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
@@ -12,17 +11,21 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import card
-from llmsqueeze.activation import ActivationRecord
 from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
-from llmsqueeze.checkpoint import Checkpoint
-from llmsqueeze.compress import BlockDone, check_not_inside, store_block, versions
+from llmsqueeze.checkpoint import ChangingCheckpoint, Checkpoint
+from llmsqueeze.compress import (
+    BlockDone,
+    check_not_inside,
+    copy_weights,
+    note_losses,
+    versions,
+)
 from llmsqueeze.encode_recipe import EncodeRecipe
-from llmsqueeze.kv_record import KvRecord
 from llmsqueeze.numerics import int8
 from llmsqueeze.shards import hash_file
 
 
-class EncodedCheckpoint(Checkpoint):
+class EncodedCheckpoint(ChangingCheckpoint):
     """`inner`, with its linears as `recipe` leaves them. Files on disk stay what they are."""
 
     def __init__(self, inner: Checkpoint, source_name: str, recipe: EncodeRecipe) -> None:
@@ -72,14 +75,6 @@ class EncodedCheckpoint(Checkpoint):
         }
         return [*self._inner.steps, step]
 
-    @property
-    def activation(self) -> ActivationRecord | None:
-        return None  # it belonged to other weights
-
-    @property
-    def kv_cache(self) -> KvRecord | None:
-        return None
-
 
 @torch.no_grad()
 def encode(
@@ -98,26 +93,9 @@ def encode(
     note_losses(checkpoint, note)
     encoded = EncodedCheckpoint(checkpoint, source_name, recipe)
     with ArtifactWriter(out, overwrite=overwrite) as writer:
-        for name in checkpoint.outer_parameters:
-            writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
-        for index in range(checkpoint.block_count):
-            started = time.monotonic()
-            tensors = encoded.read(checkpoint.block_parameters(index))
-            sites = {name: encoded.site_reports[name] for name in checkpoint.linears(index)}
-            store_block(writer, checkpoint, tensors, sites)
-            on_block(BlockDone(index, checkpoint.block_count, time.monotonic() - started))
-        writer.write_text(
-            "README.md",
-            card.encoded_card(checkpoint, source_name, recipe.to, encoded.rounding_error),
-        )
+        copy_weights(writer, encoded, on_block)
+        error = encoded.rounding_error
+        writer.write_text("README.md", card.encoded_card(checkpoint, source_name, recipe.to, error))
         return writer.publish(
             checkpoint.config, checkpoint.path, encoded.steps, checkpoint.stored_bytes
         )
-
-
-def note_losses(checkpoint: Checkpoint, note: Callable[[str], None]) -> None:
-    """Say what was calibrated on the weights as they were, and is left out."""
-    if checkpoint.activation:
-        note("activation thresholds belong to the old weights and are left out; sparsify OUT anew")
-    if checkpoint.kv_cache:
-        note("the KV cache was calibrated on the old weights and is left out; quantize-kv OUT anew")

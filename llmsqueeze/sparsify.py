@@ -24,6 +24,7 @@ from llmsqueeze.compress import (
     check_not_inside,
     copy_sides,
     copy_weights,
+    note_losses,
     peak_device_bytes,
     peak_rss_bytes,
     store_block,
@@ -31,7 +32,7 @@ from llmsqueeze.compress import (
 )
 from llmsqueeze.device import calibration_dtype, exact_matmul, worker
 from llmsqueeze.encode_recipe import EncodeRecipe
-from llmsqueeze.encoded import EncodedCheckpoint, note_losses
+from llmsqueeze.encoded import EncodedCheckpoint
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.gate_calibration import ALREADY_SPARSE, calibrate_block, choose_gates
 from llmsqueeze.methods.greedy import MOST

@@ -8,14 +8,12 @@ from concurrent.futures import Executor
 import torch
 from torch import Tensor
 
-from llmsqueeze.activation import ActivationRecord
-from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.checkpoint import ChangingCheckpoint
 from llmsqueeze.compress import BlockDone, Pruning, Share
-from llmsqueeze.kv_record import KvRecord
 from llmsqueeze.shards import hash_file
 
 
-class StreamedCheckpoint(Checkpoint):
+class StreamedCheckpoint(ChangingCheckpoint):
     """What `pruning` makes of its checkpoint, without a file of it.
 
     Blocks can be read in their order, each once; what lies outside them, at any time. hashing: hashes the
@@ -62,11 +60,3 @@ class StreamedCheckpoint(Checkpoint):
         sha256 = {name: hashed.result() for name, hashed in self._hashes.items()}
         step = self._pruning.step(self._source_name, sha256, self._share.sparsity)
         return [*super().steps, step]
-
-    @property
-    def activation(self) -> ActivationRecord | None:
-        return None  # it belonged to other weights
-
-    @property
-    def kv_cache(self) -> KvRecord | None:
-        return None
