@@ -28,7 +28,15 @@ from llmsqueeze.artifact import Manifest, SiteRecord, decode, read_manifest
 from llmsqueeze.encodings import ENCODINGS
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.kv_record import KvRecord, kv_tensors, read_kv_tensors
-from llmsqueeze.shards import DTYPES, StoredTensor, list_shards, load, read_headers
+from llmsqueeze.shards import (
+    DTYPES,
+    KV_NAME,
+    SIDE_NAME,
+    StoredTensor,
+    list_shards,
+    load,
+    read_headers,
+)
 
 _WEIGHT_DTYPES = ("F32", "F16", "BF16")
 # Buffers that old exporters saved and current models compute themselves.
@@ -184,6 +192,13 @@ class Checkpoint:
                     elements *= extent
                 total += elements * DTYPES[stored.dtype].itemsize
         return total
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of its safetensors files, thresholds and codebooks included."""
+        sides = (self.path / name for name in (SIDE_NAME, KV_NAME))
+        files = [*list_shards(self.path), *(side for side in sides if side.is_file())]
+        return sum(file.stat().st_size for file in files)
 
     def stored_name(self, parameter: str) -> str:
         """The name to write a parameter under: the one it was found under, if transformers knows it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ fails.
               help="Also measure how often a key hidden in a long text is found.")  # fmt: skip
 @condition_options
 @click.option("--max-size", metavar="SIZE",
-              help="End with exit code 1 if the tensors take more, as in 180MB.")  # fmt: skip
+              help="End with exit code 1 if its safetensors files take more, as in 180MB.")  # fmt: skip
 @device_option
 @checkpoint_options
 @common
@@ -215,6 +216,7 @@ def evaluate(
         "bos": bos,
         "dtype": str(precision).removeprefix("torch."),
         "text_sha256": cutting.text_sha256,
+        "tokens_sha256": hashlib.sha256(cutting.tokens.numpy().tobytes()).hexdigest(),
     }
     if earlier:
         _check_baseline(earlier, settings, str(baseline))
@@ -236,13 +238,14 @@ def evaluate(
         "windows": mine.windows,
         "tokens": mine.tokens,
         "bos": bos,
-        "dtype": str(precision).removeprefix("torch."),
+        "dtype": settings["dtype"],
         "device": str(where),
         "backend": backend,
         "text": cutting.source,
-        "text_sha256": cutting.text_sha256,
+        "text_sha256": settings["text_sha256"],
+        "tokens_sha256": settings["tokens_sha256"],
         "seconds": mine.seconds,
-        "size_bytes": opened.stored_bytes,
+        "size_bytes": opened.file_bytes,
         "bytes_per_token": bytes_per_token(opened, dropped=measured.dropped or None),
     }
     rows = {f"token_ppl@{mine.seqlen}": f"{mine.token_ppl:.3f}"}

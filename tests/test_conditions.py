@@ -84,8 +84,7 @@ def test_a_report_says_what_was_judged(evaluate: Callable[..., Any], tiny: Tiny)
     assert document["conditions"][1] == {
         "fail_if": "size_bytes > 1000000000", "value": document["size_bytes"], "failed": False,
     }  # fmt: skip
-    files = tiny().glob("*.safetensors")
-    assert document["size_bytes"] < sum(f.stat().st_size for f in files)
+    assert document["size_bytes"] == sum(f.stat().st_size for f in tiny().glob("*.safetensors"))
     assert 0 < document["bytes_per_token"] < document["size_bytes"]
 
 
@@ -131,6 +130,28 @@ def test_a_baseline_stands_for_the_dense_model(
     assert {k: found[k] for k in same} == {k: against[k] for k in same}
     failing = evaluate(out, "--baseline", report, *options, "--fail-if", "token_ppl_ratio != 0")
     assert failing.exit_code == 1
+
+
+def test_the_size_is_that_of_all_files(
+    evaluate: Callable[..., Any], cli: Cli, tiny: Tiny, tmp_path: Path, prune_args: list[object]
+) -> None:
+    gated, out = tmp_path / "gated", tmp_path / "out"
+    assert cli("sparsify", tiny(), "-o", gated, *prune_args).exit_code == 0
+    assert cli("quantize-kv", gated, "-o", out, *prune_args).exit_code == 0
+    files = list(out.glob("*.safetensors"))
+    assert len(files) == 3
+    document = json.loads(evaluate(out, "--json").stdout)
+    assert document["size_bytes"] == sum(file.stat().st_size for file in files)
+
+
+def test_a_baseline_of_another_tokenizer_is_refused(
+    evaluate: Callable[..., Any], tmp_path: Path
+) -> None:
+    report = json.loads(evaluate(None, "--json").stdout)
+    path = tmp_path / "dense.json"
+    path.write_text(json.dumps(report | {"tokens_sha256": "0" * 64}))
+    result = evaluate(None, "--baseline", path)
+    assert result.exit_code == 3 and "tokens_sha256 was" in result.stderr
 
 
 def test_a_baseline_of_other_settings_is_refused(
