@@ -191,7 +191,7 @@ def kernel_rows(rows: int, columns: int, tokens: int, seed: int = 0) -> Iterator
     )  # fmt: skip
     for sparsity in (0.4, 0.5, 0.65):
         limit = x.abs().float().quantile(sparsity)
-        # As runtime.linears keeps thresholds that differ.
+        # As runtime.packed keeps thresholds that differ.
         threshold = ops.round_down(limit.expand(columns), x.dtype)
         kept_x = x.double() * (x.abs().float() > limit)
         read = float((kept_x != 0).double().mean())

@@ -23,7 +23,8 @@ from llmsqueeze.evaluate import cache_options
 from llmsqueeze.runtime import attention, load
 from llmsqueeze.runtime.gates import gating_of, remove
 from llmsqueeze.runtime.generate import Decoder
-from llmsqueeze.runtime.linears import GatedProduct, PackedLinear, use_kernels
+from llmsqueeze.runtime.linears import use_kernels
+from llmsqueeze.runtime.packed import GatedProduct, PackedLinear
 
 STEPS, REPEATS = 32, 7
 # ‖y - reference‖ / ‖reference‖ of an operator's result; both round to 16 bits, each by 1.7e-3. Logits are no

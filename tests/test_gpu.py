@@ -185,7 +185,7 @@ ROUNDING = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 def test_kernels_find_the_product(
     pattern: str, rows: int, columns: int, dtype: torch.dtype
 ) -> None:
-    from llmsqueeze.runtime.linears import GapLinear, Sparse24Linear
+    from llmsqueeze.runtime.packed import GapLinear, Sparse24Linear
 
     weight = _pattern(pattern, rows, columns, dtype)
     for bias in (None, torch.randn(rows, device="cuda").to(dtype)):
@@ -400,7 +400,7 @@ def test_a_model_on_kernels_decodes_in_a_graph(kind: str) -> None:
 
 def test_views_and_nothing_at_all() -> None:
     from llmsqueeze.ops import input_major
-    from llmsqueeze.runtime.linears import GapLinear, Sparse24Linear
+    from llmsqueeze.runtime.packed import GapLinear, Sparse24Linear
 
     weight = _pattern("2:4", 48, 256, torch.bfloat16)
     whole, zeros = input_major(weight), torch.zeros(256, device="cuda")
@@ -419,7 +419,7 @@ def test_views_and_nothing_at_all() -> None:
 def test_a_first_call_within_a_capture_says_so() -> None:
     from llmsqueeze.errors import EnvironmentFault
     from llmsqueeze.ops import cuda
-    from llmsqueeze.runtime.linears import Sparse24Linear
+    from llmsqueeze.runtime.packed import Sparse24Linear
 
     linear = Sparse24Linear(_pattern("2:4", 32, 256, torch.bfloat16), None)
     x = torch.randn(1, 256, device="cuda").bfloat16()
@@ -431,7 +431,7 @@ def test_a_first_call_within_a_capture_says_so() -> None:
 
 def test_kernels_do_not_compute_in_float32() -> None:
     from llmsqueeze.errors import EnvironmentFault
-    from llmsqueeze.runtime.linears import Sparse24Linear
+    from llmsqueeze.runtime.packed import Sparse24Linear
 
     linear = Sparse24Linear(_pattern("2:4", 32, 256, torch.bfloat16), None)
     with pytest.raises(EnvironmentFault, match="float32"):

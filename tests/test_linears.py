@@ -21,19 +21,21 @@ from llmsqueeze.runtime.gates import GateParts, gating_of, install, remove
 from llmsqueeze.runtime.generate import Decoder
 from llmsqueeze.runtime.linears import (
     FusedPart,
+    GatedPart,
+    _check,
+    _packed_kind,
+    pack_linears,
+    use_kernels,
+)
+from llmsqueeze.runtime.packed import (
     GapLinear,
     Gated24Product,
     GatedInt8Product,
-    GatedPart,
     GatedProduct,
     Int8Linear,
     Mixed24Linear,
     Sparse24Linear,
-    _check,
     _compact,
-    _packed_kind,
-    pack_linears,
-    use_kernels,
 )
 from tests.conftest import TINY, tiny_model
 

@@ -1,0 +1,215 @@
+"""A module for every form in which weights lie for a kernel. What becomes of which linear: see linears."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
+from llmsqueeze.ops import input_major, round_down
+from llmsqueeze.runtime.gates import Gate
+
+
+class PackedLinear(nn.Module):  # type: ignore[misc]
+    """y = W x + b for [out_features, in_features] weights that exist only in a kernel's layout."""
+
+    format: ClassVar[str]
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("bias", bias, persistent=False)
+        self.register_state_dict_pre_hook(_refuse)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class Sparse24Linear(PackedLinear):
+    """At most two non-zeros in four: for sparse tensor cores. stream: see numerics.sparse24."""
+
+    format = "2:4"
+    stream: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self.register_buffer("stream", sparse24.pack(weight), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.sparse24_linear(
+            x, self.stream, self.bias, self.out_features
+        )
+        return y
+
+
+class Mixed24Linear(PackedLinear):
+    """2:4 in most places and dense in others, as PATCH leaves weights. Buffers: see numerics.mixed24."""
+
+    format = "2:4 and dense"
+    stream: Tensor
+    entries: Tensor
+    metadata: Tensor
+    starts: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        for name, part in vars(mixed24.pack(weight)).items():
+            self.register_buffer(name, part, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.mixed24_linear(
+            x, self.stream, self.entries, self.metadata, self.starts, self.bias, self.out_features
+        )
+        return y
+
+
+class GapLinear(PackedLinear):
+    """Zeros anywhere: non-zeros and the gaps between them. Buffers and shape: see numerics.gaps.Gaps."""
+
+    format = "gaps"
+    stream: Tensor
+    starts: Tensor
+    first: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        packed = gaps.pack_best(weight, _multiprocessors(weight.device))
+        self.register_buffer("stream", packed.stream, persistent=False)
+        self.register_buffer("starts", packed.starts, persistent=False)
+        self.register_buffer("first", packed.first, persistent=False)
+        rows = torch.arange(len(weight), dtype=torch.int32, device=weight.device)
+        own = torch.equal(packed.order[: len(weight)], rows)
+        self.register_buffer("order", None if own else packed.order, persistent=False)
+        self.shape = packed.shape.bits, packed.shape.parts, packed.blocks, packed.reach
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.gap_linear(
+            x, self.stream, self.starts, self.first, self.order, self.bias, self.out_features,
+            *self.shape,
+        )  # fmt: skip
+        return y
+
+
+class Int8Linear(PackedLinear):
+    """Eight bits a weight. codes: [out, in], input-major; scale: [out]; see numerics.int8."""
+
+    format = "int8"
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        codes, largest = int8.encode(weight)
+        self.register_buffer("codes", input_major(codes), persistent=False)
+        self.register_buffer("scale", int8.scales(largest), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.int8_linear(x, self.codes, self.scale, self.bias)
+        return y
+
+
+class GatedProduct(nn.Module):  # type: ignore[misc]
+    """What the linears behind a gate put out, one after another: [rows, columns] weights, all of them.
+
+    forward: of tokens that the gate has to itself. rows: of inputs that were gated already, some outputs.
+    """
+
+    format = "gated"
+    weight: Tensor
+    limit: Tensor
+
+    def __init__(self, gate: Gate, weight: Tensor, bias: Tensor | None, up: Tensor | None) -> None:
+        super().__init__()
+        self.gate = gate
+        self.out_features, self.in_features = weight.shape
+        self.register_buffer("limit", _compact(gate.threshold, weight.dtype), persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
+        self.register_buffer("up", up, persistent=False)
+        self.store(weight)
+
+    def store(self, weight: Tensor) -> None:
+        self.register_buffer("weight", input_major(weight), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.gated_linear(
+            x, self.limit, self.weight, self.bias, self.up, self.gate.down
+        )
+        return y
+
+    def rows(self, x: Tensor, begin: int, end: int, bias: Tensor | None) -> Tensor:
+        return nn.functional.linear(x, self.weight[begin:end], bias)
+
+
+class GatedInt8Product(GatedProduct):
+    """With weights of eight bits; see Int8Linear."""
+
+    format = "gated int8"
+    codes: Tensor
+    scale: Tensor
+
+    def store(self, weight: Tensor) -> None:
+        codes, largest = int8.encode(weight)
+        self.register_buffer("codes", input_major(codes), persistent=False)
+        self.register_buffer("scale", int8.scales(largest), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.gated_int8_linear(
+            x, self.limit, self.codes, self.scale, self.bias, self.up, self.gate.down
+        )
+        return y
+
+    def rows(self, x: Tensor, begin: int, end: int, bias: Tensor | None) -> Tensor:
+        codes, scale = self.codes[begin:end], self.scale[begin:end]
+        y: Tensor = torch.ops.llmsqueeze.int8_linear(x, codes, scale, bias)
+        return y
+
+
+class Gated24Product(GatedProduct):
+    """With weights that are 2:4 along the outputs. Buffers: see numerics.outputs24.Columns."""
+
+    format = "gated 2:4-out"
+    values: Tensor
+    keep: Tensor
+    index: Tensor | None
+
+    def store(self, weight: Tensor) -> None:
+        packed = outputs24.pack(weight)
+        self.register_buffer("values", packed.values, persistent=False)
+        self.register_buffer("keep", packed.keep, persistent=False)
+        self.register_buffer("index", packed.index, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.gated_24_linear(
+            x, self.limit, self.values, self.keep, self.index, self.bias, self.up, self.gate.down,
+            self.out_features,
+        )  # fmt: skip
+        return y
+
+    def rows(self, x: Tensor, begin: int, end: int, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.outputs24_linear(
+            x, self.values, self.keep, self.index, bias, begin, end
+        )
+        return y
+
+
+def _compact(threshold: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same thresholds in fewer bytes, since every block of a kernel reads them: one if they are equal."""
+    if bool((threshold == threshold[0]).all()):
+        return threshold[:1].clone()
+    return round_down(threshold, dtype)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return (
+        torch.cuda.get_device_properties(device).multi_processor_count
+        if device.type == "cuda"
+        else 132
+    )
+
+
+def _refuse(*args: Any) -> None:
+    raise RuntimeError(
+        "this model was converted for kernels and cannot be saved; load the checkpoint again to save it"
+    )
