@@ -2,12 +2,12 @@
 //
 // stream: [slices][warps][blocks][QUADS][32 lanes] of 16 bytes: the non-zeros of a row's part, 8 to a quad,
 //         then one quad of gaps, how many columns lie between a non-zero and the one before.
-// starts: [slices][warps][32] u16, the column at which a lane's part begins.
+// starts: [slices][warps][blocks][32 lanes] u16, the column at which a lane's block begins.
 // first:  [slices + 1], blocks of a warp before each slice, or null where all have `blocks`.
 // order:  [slices · rows of one], which row a place in a slice is (-1: none), or null for the identity.
 // x: [tokens, columns]; y: [tokens, rows]; bias: [rows] or null.
 //
-// Macros: GAP bits a gap; PARTS lanes share a row; TOKENS 1, 2, 4 or 8, of which `tokens` are real; WARPS
+// Macros: GAP bits a gap; PARTS lanes share a row; TOKENS 1, 2 or 4, of which `tokens` are real; WARPS
 // at most; BLOCKS that fit a multiprocessor. Sums are fp32, in an order that depends on the shape alone.
 
 #define QUADS (GAP == 3 ? 6 : 5)
@@ -20,7 +20,7 @@
 __device__ __forceinline__ u32 gap_bytes(u32 word, int i) {
     const u32 mask = ((1u << GAP) - 1) << (GAP * i);
     // A shift by the difference of both, in one instruction.
-    const int shift = GAP * i - (COLUMN == 4 ? 2 : COLUMN == 8 ? 3 : 4);
+    const int shift = GAP * i - (COLUMN == 4 ? 2 : 3);
     return shift >= 0 ? (word & mask) >> shift : (word & mask) << -shift;
 }
 
@@ -41,7 +41,7 @@ gaps(const uint4* __restrict__ stream, const u16* __restrict__ starts, const int
     uint4 now[QUADS];
 #pragma unroll
     for (int i = 0; i < QUADS; i++) now[i] = load_weights(from + i * 32, blocks > 0);
-    u32 at = shared_address(shared) + COLUMN * (u32)starts[(slice * warps + warp) * 32 + lane];
+    u32 at = shared_address(shared) + COLUMN * (u32)starts[(before * warps + warp * blocks) * 32 + lane];
     let_next_start();
     wait_for_input();
 
@@ -96,21 +96,11 @@ gaps(const uint4* __restrict__ stream, const u16* __restrict__ starts, const int
             asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(at + i * COLUMN));
             to[0] = fmaf(w, low(v), to[0]);
             to[1] = fmaf(w, high(v), to[1]);
-#elif TOKENS == 4
+#else
             u32 v[2];
             asm("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(at + i * COLUMN));
 #pragma unroll
             for (int t = 0; t < 2; t++) {
-                to[2 * t] = fmaf(w, low(v[t]), to[2 * t]);
-                to[2 * t + 1] = fmaf(w, high(v[t]), to[2 * t + 1]);
-            }
-#else
-            u32 v[4];
-            asm("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
-                : "r"(at + i * COLUMN));
-#pragma unroll
-            for (int t = 0; t < 4; t++) {
                 to[2 * t] = fmaf(w, low(v[t]), to[2 * t]);
                 to[2 * t + 1] = fmaf(w, high(v[t]), to[2 * t + 1]);
             }

@@ -20,33 +20,30 @@ gaps_expand(const uint4* __restrict__ stream, const u16* __restrict__ starts,
         shared[i] = make_uint4(0, 0, 0, 0);
     __syncthreads();
     u16* row = (u16*)shared + lane % ROWS * WIDTH - low_end;
-    for (int warp = threadIdx.x >> 5; warp < warps; warp += WARPS) {
-        const u16* start = starts + (slice * warps + warp) * 32;
-        int at = start[lane];
-        // Where the row's next part begins.
-        const int stop = lane + ROWS < 32 ? start[lane + ROWS]
-                         : warp + 1 < warps ? start[32 + lane % ROWS] : columns;
+    const size_t before = (size_t)first[slice] * warps;
+    const int turns = (first[slice + 1] - first[slice]) * warps;
+    const u16* start = starts + before * 32 + lane;
+    for (int turn = threadIdx.x >> 5; turn < turns; turn += WARPS) {
+        int at = start[turn * 32];
+        // Where the next block of a lane begins; what comes behind the last one's is not known here.
+        const int stop = turn + 1 < turns ? start[(turn + 1) * 32] : columns;
         if (!__any_sync(ALL, at < high_end && stop > low_end)) continue;
-        const uint4* from =
-            stream + ((size_t)first[slice] * warps + (size_t)warp * blocks) * QUADS * 32 + lane;
-        for (int block = 0; block < blocks; block++, from += QUADS * 32) {
-            if (__all_sync(ALL, at >= high_end)) break;
-            u32 words[QUADS * 4];
+        const uint4* from = stream + (before + turn) * QUADS * 32 + lane;
+        u32 words[QUADS * 4];
 #pragma unroll
-            for (int i = 0; i < QUADS; i++) {
-                const uint4 v = from[i * 32];
-                words[4 * i] = v.x;
-                words[4 * i + 1] = v.y;
-                words[4 * i + 2] = v.z;
-                words[4 * i + 3] = v.w;
-            }
+        for (int i = 0; i < QUADS; i++) {
+            const uint4 v = from[i * 32];
+            words[4 * i] = v.x;
+            words[4 * i + 1] = v.y;
+            words[4 * i + 2] = v.z;
+            words[4 * i + 3] = v.w;
+        }
 #pragma unroll
-            for (int i = 0; i < COUNT; i++) {
-                at += words[(QUADS - 1) * 4 + i / PER_WORD] >> (GAP * (i % PER_WORD)) & ((1 << GAP) - 1);
-                const u16 value = words[i / 2] >> (16 * (i & 1)) & 0xffff;
-                if (at >= low_end && at < high_end && value) row[at] = value;
-                at++;
-            }
+        for (int i = 0; i < COUNT; i++) {
+            at += words[(QUADS - 1) * 4 + i / PER_WORD] >> (GAP * (i % PER_WORD)) & ((1 << GAP) - 1);
+            const u16 value = words[i / 2] >> (16 * (i & 1)) & 0xffff;
+            if (at >= low_end && at < high_end && value) row[at] = value;
+            at++;
         }
     }
     __syncthreads();

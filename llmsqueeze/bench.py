@@ -166,12 +166,11 @@ def kernel_rows(rows: int, columns: int, tokens: int, seed: int = 0) -> Iterator
         pruned = torch.zeros_like(weight).scatter_(1, kept, weight.gather(1, kept))
         reference = x.double() @ pruned.double().t()
         packed = gaps.pack_best(pruned)
-        fixed = (rows, packed.shape.bits, packed.shape.parts, packed.blocks, packed.reach)
         yield compare(
             weight, x, dense, f"unstructured {sparsity:.0%}",
             (packed.stream, packed.starts.view(torch.int16)),
-            lambda x, s, b, p=packed, f=fixed: torch.ops.llmsqueeze.gap_linear(
-                x, s, b.view(torch.uint16), p.first, None, None, *f
+            lambda x, s, b, p=packed: torch.ops.llmsqueeze.gap_linear(
+                x, s, b.view(torch.uint16), p.first, None, None, rows, *p.arguments()
             ),
             reference,
         )  # fmt: skip

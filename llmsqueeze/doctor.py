@@ -119,7 +119,6 @@ def _linears(device: torch.device, generator: torch.Generator) -> list[Case]:
     columns, whole = outputs24.pack(along), ops.input_major(weight)
     codes, largest = int8.encode(weight)
     eight, rounded = (ops.input_major(codes), int8.scales(largest)), int8.round_weight(weight)
-    shape = packed.shape.bits, packed.shape.parts, packed.blocks, packed.reach
     fields = packed.stream, packed.starts, packed.first, packed.order, None, _ROWS
     threshold = torch.full((1,), 0.6, device=device)
     library = torch.ops.llmsqueeze
@@ -137,7 +136,7 @@ def _linears(device: torch.device, generator: torch.Generator) -> list[Case]:
          (1, 8, 64)),
         ("mixed24_linear", lambda x: library.mixed24_linear(x, *vars(mixed).values(), None, _ROWS),
          of(tiles), (1, 8, 64)),
-        ("gap_linear", lambda x: library.gap_linear(x, *fields, *shape), of(loose), (1, 4, 64)),
+        ("gap_linear", lambda x: library.gap_linear(x, *fields, *packed.arguments()), of(loose), (1, 4, 64)),
         ("int8_linear", lambda x: library.int8_linear(x, *eight, None), of(rounded), (1, 64)),
         ("gated_linear", lambda x: library.gated_linear(x, threshold, whole, *three),
          of(weight, True), (1, 2)),

@@ -15,7 +15,7 @@ import torch
 
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import gaps, sparse24
-from llmsqueeze.ops import cuda, kernels
+from llmsqueeze.ops import cuda, gap_kernels, kernels, operands
 from llmsqueeze.ops.variants import all_variants, warm
 
 pytest.importorskip("cuda.core", reason="compiles with cuda-core and NVRTC")
@@ -31,6 +31,7 @@ EXPECTED = {
     "sparse24_expand": (r"LDG\.E\.128", r"STG\.E\.64"),
     "attend": (STREAMED, r"MUFU\.EX2", r"FFMA"),
     "outputs24_expand": (r"LDG\.E\.128", r"STG\.E\.128"),
+    "gaps_tensor": (STREAMED, r"HMMA\.1688", r"STS\.U16", r"LDS\.(64|128)"),
     "gaps_expand": (r"LDG\.E\.128", r"STS\.U16", r"STG\.E\.128"),
 }
 
@@ -150,16 +151,37 @@ def test_many_tokens_are_multiplied_by_expanded_weights(
         begin, end = given[-2:]
         return dense[begin:end]
 
-    monkeypatch.setattr(kernels, "_expand_gaps", expand)
-    monkeypatch.setattr(kernels, "PANEL", 64 * 2 * columns)
+    monkeypatch.setattr(gap_kernels, "_expand", expand)
+    monkeypatch.setattr(operands, "PANEL", 64 * 2 * columns)
     monkeypatch.setattr(cuda, "most_shared", lambda _: 100_000)
-    x, bias = torch.randn(9, columns).bfloat16(), torch.randn(rows).bfloat16()
+    x, bias = torch.randn(33, columns).bfloat16(), torch.randn(rows).bfloat16()
     for given in (None, bias):
         y = kernels.gap_linear(
-            x, packed.stream, packed.starts, packed.first, order, given, rows, 3, 2, packed.blocks,
-            packed.reach,
-        )  # fmt: skip
+            x, packed.stream, packed.starts, packed.first, order, given, rows, *packed.arguments()
+        )
         assert torch.equal(y, torch.nn.functional.linear(x, weight, given))
+
+
+@pytest.mark.parametrize(
+    ("spans", "slices", "tokens", "expected"),
+    [
+        # Warps for as few rounds as can be, and no more blocks at once than each multiprocessor gets.
+        ({7: 700, 8: 800}, 900, 8, (1024, 7, 3, 64 * 1024)),
+        ({7: 700, 8: 800}, 900, 16, (1024, 7, 2, 64 * 1024)),
+        ({7: 700, 8: 800}, 264, 8, (1024, 7, 3, 228352 // 3 + 1024)),
+        ({6: 900, 9: 1300}, 132, 8, (2048, 9, 1, 128 * 1024)),
+        ({4: 900, 9: 1300}, 900, 8, (2048, 9, 1, 128 * 1024)),
+        ({4: 900}, 900, 8, (2048, 4, 1, 128 * 1024)),
+        ({4: 2049}, 900, 8, None),
+    ],
+)
+def test_the_ring_of_a_launch(
+    spans: dict[int, int], slices: int, tokens: int, expected: tuple[int, ...] | None
+) -> None:
+    found = [spans.get(n, 3000) for n in gaps.TURNS]
+    with cuda.recording("sm_90"):
+        ring = gap_kernels.choose_ring(found, 26, slices, tokens, 0)
+    assert expected == (ring and (ring.columns, ring.warps, ring.blocks, ring.shared))
 
 
 @pytest.mark.parametrize("current", [0, 1])

@@ -296,7 +296,7 @@ def operator_arguments() -> dict[str, tuple[Any, ...]]:
     gap = (packed.stream, packed.starts, packed.first)
     return {
         "sparse24_linear": (x, sparse24.pack(weight), bias, 40),
-        "gap_linear": (x, *gap, packed.order, bias, 40, 4, 2, packed.blocks, packed.reach),
+        "gap_linear": (x, *gap, packed.order, bias, 40, *packed.arguments()),
         "mixed24_linear": (x, *vars(mixed24.pack(weight)).values(), bias, 40),
         "weight": (weight,),
         "bias": (bias,),

@@ -2,7 +2,9 @@
 
 A gap counts the zeros before a non-zero, in 3 or 4 bits; a longer one is bridged by stored zeros. Every row
 is divided into as many parts of equal length as lanes work on it; a part is whole blocks of 40 (3 bits) or
-32 (4 bits) entries: values of 16 bits, then the gaps in words of 32 bits.
+32 (4 bits) entries: values of 16 bits, then the gaps in words of 32 bits. A warp's lanes have rows in turn,
+and where lanes share rows, upper lanes the parts behind those of lower ones in all warps: so blocks of one
+warp after another go once through the columns of every lane.
 """
 
 from __future__ import annotations
@@ -12,12 +14,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 LANES = 32
 # Where a part begins is stored in 16 bits.
 MAX_COLUMNS = 60_000
 # Warps to a slice: two blocks of so many fit a multiprocessor; fewer keep too few loads in flight.
 LEAST_WARPS, MOST_WARPS = 10, 14
+# Turns that a round of gaps_tensor.cu may have: warps that take the blocks of a slice one after another.
+TURNS = tuple(range(2, 17))
+# Columns that it multiplies at a time.
+UNIT = 32
 # Rows of a matrix that are packed at a time: the work needs some 50 bytes a weight.
 PANEL = 4096
 
@@ -45,10 +52,11 @@ class Shape:
 class Gaps:
     """A packed matrix.
 
-    stream: [blocks of all slices · warps, quads, 32, 4] int32; starts: [slices, warps, 32] uint16;
-    first: [slices + 1] int32, blocks of one warp before each slice; order: [slices · rows of one] int32,
-    which row is where, -1 for none; blocks: of every warp of a slice, 0 if slices differ; reach: columns
-    that a lane may touch, those beyond the last being zero.
+    stream: [blocks of all slices · warps, quads, 32, 4] int32; starts: [as many, 32] uint16, the column at
+    which a lane's block begins; first: [slices + 1] int32, blocks of one warp before each slice; order:
+    [slices · rows of one] int32, which row is where, -1 for none; blocks: of every warp of a slice, 0 if
+    slices differ; reach: columns that a lane may touch, those beyond the last being zero; spans: for each of
+    TURNS, within how many columns a round of so many blocks stays, from the unit that the slowest lane is in.
     """
 
     shape: Shape
@@ -58,6 +66,12 @@ class Gaps:
     order: Tensor
     blocks: int
     reach: int
+    spans: tuple[int, ...]
+
+    def arguments(self) -> tuple[int, int, int, int, int, list[int]]:
+        """What the operator gap_linear is told besides tensors."""
+        shape = self.shape
+        return shape.bits, shape.parts, shape.warps, self.blocks, self.reach, list(self.spans)
 
 
 def choose_shape(longest: Mapping[int, int], rows: int, multiprocessors: int = 132) -> Shape:
@@ -126,16 +140,17 @@ def pack(weight: Tensor, shape: Shape, lengths: Tensor | None = None) -> Gaps:
         need = torch.full_like(need, longest)
     first = torch.zeros(slices + 1, dtype=torch.int64, device=weight.device)
     torch.cumsum(need, 0, out=first[1:])
-    streams, starts, reach = [], [], columns
+    streams, starts, reach, spans = [], [], columns, [0] * len(TURNS)
     for begin, end in _runs(need, max(1, PANEL // shape.rows)):
         these = order[begin * shape.rows : end * shape.rows]
-        stream, start, touched = _pack_slices(weight, these, int(need[begin]), shape)
-        streams.append(stream.flatten(0, 2))
+        stream, start, touched, wide = _pack_slices(weight, these, int(need[begin]), shape)
+        streams.append(stream)
         starts.append(start)
         reach = max(reach, touched)
+        spans = [max(pair) for pair in zip(spans, wide, strict=True)]
     return Gaps(
         shape, torch.cat(streams), torch.cat(starts), first.int(), order.int(),
-        longest if uniform else 0, reach,
+        longest if uniform else 0, reach, tuple(spans),
     )  # fmt: skip
 
 
@@ -144,26 +159,22 @@ def unpack(packed: Gaps, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     shape, device = packed.shape, packed.stream.device
     weight = torch.zeros(rows, columns, dtype=dtype, device=device)
     lanes = torch.arange(LANES, device=device)
-    before = 0
-    counts = packed.first.diff()
-    for index, blocks in enumerate(counts.tolist()):
-        # [warp, block, quad, lane, word]
-        part = packed.stream[before : before + shape.warps * blocks]
-        part = part.view(shape.warps, blocks, -1, LANES, 4)
-        before += shape.warps * blocks
-        values = part[:, :, :-1].contiguous().view(dtype)
-        values = values.permute(0, 3, 1, 2, 4).reshape(shape.warps, LANES, -1)
-        per_word = shape.block // 4
-        shifts = shape.bits * torch.arange(per_word, device=device)
-        words = part[:, :, -1].permute(0, 2, 1, 3).unsqueeze(-1)
-        gaps = (words.long() >> shifts & (1 << shape.bits) - 1).reshape(values.shape)
-        begin = packed.starts[index].view(torch.int16).long() & 0xFFFF
-        at = begin.unsqueeze(-1) + (gaps + 1).cumsum(-1) - 1
-        row = packed.order[index * shape.rows + lanes % shape.rows].long()
-        wanted = (at < columns) & (row >= 0)[:, None]
-        place = row[:, None].expand(at.shape)[wanted], at[wanted]
+    slices = torch.arange(len(packed.first) - 1, device=device)
+    slice_of = slices.repeat_interleave(packed.first.diff() * shape.warps)
+    per_word = shape.block // 4
+    shifts = shape.bits * torch.arange(per_word, device=device)
+    for begin in range(0, len(slice_of), PANEL):
+        some = slice(begin, begin + PANEL)
+        part = packed.stream[some]  # [block, quad, lane, word]
+        values = part[:, :-1].contiguous().view(dtype).transpose(1, 2).flatten(2)
+        gaps = (part[:, -1].long().unsqueeze(-1) >> shifts & (1 << shape.bits) - 1).flatten(2)
+        start = packed.starts[some].view(torch.int16).long() & 0xFFFF
+        at = start.unsqueeze(-1) + (gaps + 1).cumsum(-1) - 1
+        place = slice_of[some, None] * shape.rows + lanes % shape.rows
+        row = packed.order[place].long()[..., None].expand_as(at)
+        wanted = (at < columns) & (row >= 0)
         # Entries that bridge a gap are zero and may share a place with nothing else.
-        weight.index_put_(place, values[wanted])
+        weight.index_put_((row[wanted], at[wanted]), values[wanted])
     return weight
 
 
@@ -200,32 +211,43 @@ def _columns(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 def _pack_slices(
     weight: Tensor, order: Tensor, blocks: int, shape: Shape
-) -> tuple[Tensor, Tensor, int]:
-    """Stream [slices, warps, blocks, quads, 32, 4], starts, and the columns that lanes reach."""
+) -> tuple[Tensor, Tensor, int, list[int]]:
+    """Stream, starts, the columns that lanes reach, and spans, of slices of equally many blocks."""
+    columns, device = weight.shape[1], weight.device
     part = weight[order.clamp_min(0)] * (order >= 0)[:, None]
     rows, gap, entry, lengths = _columns(part, shape.bits)
-    total = shape.parts * shape.warps * blocks * shape.block
+    turns = shape.warps * blocks
+    total = shape.parts * turns * shape.block
     # What bridges a gap steps over as much as fits; behind the last non-zero, steps are short.
-    index = torch.arange(total, device=weight.device)
+    index = torch.arange(total, device=device)
     gaps = torch.where(index[None] < lengths[:, None], (1 << shape.bits) - 1, 0)
     gaps[rows, entry] = gap & (1 << shape.bits) - 1
-    values = torch.zeros(len(part), total, dtype=weight.dtype, device=weight.device)
+    values = torch.zeros(len(part), total, dtype=weight.dtype, device=device)
     values[rows, entry] = part[part != 0]
-    length = blocks * shape.block
-    ends = (gaps + 1).view(len(part), -1, length).sum(-1).cumsum(1)
-    starts = torch.nn.functional.pad(ends[:, :-1], (1, 0))
-    steps = ends - starts
-    # A part that begins beyond the last column has no non-zero: it may begin right behind it. Else the short
-    # rows of a slice would reach far, and so would what is held of x.
-    starts = starts.clamp_max(weight.shape[1])
-    reach = int((starts + steps).max())
-    split = (-1, shape.rows, shape.warps, shape.parts)
-    starts = starts.reshape(split).permute(0, 2, 3, 1).reshape(-1, shape.warps, LANES)
+    steps = (gaps + 1).view(len(part), -1, shape.block).sum(-1)
+    # What begins beyond the last column has no non-zero: it may begin right behind it. Else the short rows of
+    # a slice would reach far, and so would what is held of x.
+    starts = (steps.cumsum(1) - steps).clamp_max(columns)
+    along = steps.view(-1, blocks).sum(1)  # of what a lane goes through in one piece
+    reach = int((starts.reshape(-1, blocks)[:, 0] + along).max())
+    # [slice, turn, half of the lanes, row]
+    split = (-1, shape.rows, shape.parts, turns)
+    starts, steps = (t.view(split).permute(0, 3, 2, 1) for t in (starts, steps))
+    spans = [_span(starts, starts + steps, count) for count in TURNS]
     per_word = shape.block // 4
-    shifts = shape.bits * torch.arange(per_word, device=weight.device)
-    words = (gaps.view(*gaps.shape[:1], -1, 4, per_word) << shifts).sum(-1)
-    words = words.to(torch.int32).view(*split, blocks, 1, 4)
-    quads = values.view(*split, blocks, shape.block // 8, 8).view(torch.int32)
-    stream = torch.cat([quads, words], dim=5)
-    stream = stream.permute(0, 2, 4, 5, 3, 1, 6).flatten(4, 5).contiguous()
-    return stream, starts.to(torch.int32).to(torch.int16).view(torch.uint16), reach
+    shifts = shape.bits * torch.arange(per_word, device=device)
+    words = (gaps.view(len(part), -1, 4, per_word) << shifts).sum(-1)
+    words = words.to(torch.int32).view(*split, 1, 4)
+    quads = values.view(*split, shape.block // 8, 8).view(torch.int32)
+    stream = torch.cat([quads, words], dim=4).permute(0, 3, 4, 2, 1, 5)
+    stream = stream.reshape(-1, shape.block // 8 + 1, LANES, 4)
+    starts = starts.reshape(-1, LANES).to(torch.int32).to(torch.int16).view(torch.uint16)
+    return stream, starts, reach, spans
+
+
+def _span(starts: Tensor, ends: Tensor, count: int) -> int:
+    """Columns within which every round of `count` turns stays. starts, ends: [slice, turn, half, row]."""
+    first = starts[:, ::count].amin(-1) // UNIT * UNIT
+    rounds = first.shape[1]
+    last = pad(ends.amax(-1), (0, 0, 0, rounds * count - ends.shape[1]))
+    return int((last.unflatten(1, (rounds, count)).amax(2) - first).max())

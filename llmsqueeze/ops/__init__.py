@@ -35,7 +35,7 @@ _LIBRARY.define(
 _LIBRARY.define("sparse24_linear(Tensor x, Tensor stream, Tensor? bias, int rows) -> Tensor")
 _LIBRARY.define(
     "gap_linear(Tensor x, Tensor stream, Tensor starts, Tensor first, Tensor? order, Tensor? bias,"
-    " int rows, int bits, int parts, int blocks, int reach) -> Tensor"
+    " int rows, int bits, int parts, int warps, int blocks, int reach, int[] spans) -> Tensor"
 )
 _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor counters, float scale) -> Tensor"
@@ -165,17 +165,17 @@ def mixed24_linear(
 
 def gap_linear(
     x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
-    rows: int, bits: int, parts: int, blocks: int, reach: int,
+    rows: int, bits: int, parts: int, warps: int, blocks: int, reach: int, spans: list[int],
 ) -> Tensor:  # fmt: skip
     """W x + b for W as numerics.gaps.pack lays it out. x: [..., columns]; returns [..., rows].
 
     order: None where rows are in their own order; the rest: the fields of Gaps.
     """
     if order is None:
-        order = torch.arange(starts.shape[0] * (gaps.LANES // parts), device=x.device)
+        order = torch.arange((len(first) - 1) * (gaps.LANES // parts), device=x.device)
         order[rows:] = -1
-    shape = gaps.Shape(bits, parts, starts.shape[1])
-    packed = gaps.Gaps(shape, stream, starts, first, order, blocks, reach)
+    shape = gaps.Shape(bits, parts, warps)
+    packed = gaps.Gaps(shape, stream, starts, first, order, blocks, reach, tuple(spans))
     weight = gaps.unpack(packed, rows, x.shape[-1], x.dtype)
     return torch.nn.functional.linear(x, weight, bias)
 
@@ -269,7 +269,7 @@ def _mixed24_shape(
 
 def _gap_shape(
     x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
-    rows: int, *shape: int,
+    rows: int, *shape: int | list[int],
 ) -> Tensor:  # fmt: skip
     return x.new_empty(*x.shape[:-1], rows)
 

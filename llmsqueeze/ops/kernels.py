@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,10 +12,11 @@ from torch.nn.functional import linear, pad
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import int8
 from llmsqueeze.ops import attend_fits, cuda, is_input_major, round_down
+from llmsqueeze.ops.gap_kernels import gap_linear as gap_linear
+from llmsqueeze.ops.operands import expanded, half, matrix
 
 # Beyond so many rows of x weights are expanded, and cuBLAS multiplies them.
 SPARSE24_TOKENS = 64
-GAP_TOKENS = 8
 INT8_TOKENS = 2
 _LOG2_E = 1.4426950408889634
 # FORMAT of gated.cu.
@@ -29,9 +29,6 @@ SPARSE24_NARROW = {0: (1, 8), 1: (2, 4), 2: (2, 4), 4: (2, 4), 8: (4, 2)}
 MIXED_WIDE = {0: (2, 7), 1: (2, 7), 2: (4, 2), 4: (4, 2), 8: (8, 1)}
 MIXED_NARROW = {0: (1, 14), 1: (2, 7), 2: (2, 6), 4: (2, 4), 8: (4, 2)}
 _WIDE = 8192
-# Bytes of weights that are expanded at a time. Panels of 33 MB, to stay in the L2 cache, took 15 to 36 %
-# longer on an H100 than whole matrices, whose products cuBLAS divides better.
-PANEL = 256 * 2**20
 # Bytes of x in shared memory: of all of it, and of two stages; so that several blocks fit a multiprocessor.
 _ALL, _STAGE = 112 * 1024, 48 * 1024
 
@@ -52,11 +49,9 @@ def _on_tensor_cores(
     x: Tensor, bias: Tensor | None, rows: int, chunks: int, weight: tuple[Tensor | None, ...]
 ) -> Tensor:
     """weight: stream, entries, metadata and starts of sparse24.cu; the last three None if all is 2:4."""
-    x, tokens, columns = _matrix(x, 8)
+    x, tokens, columns = matrix(x, 8)
     if tokens > SPARSE24_TOKENS:
-        return _expanded(
-            x, bias, rows, functools.partial(_expand_sparse24, weight, columns, chunks)
-        )
+        return expanded(x, bias, rows, functools.partial(_expand_sparse24, weight, columns, chunks))
     y = x.new_empty(*x.shape[:-1], rows)
     if not tokens:
         return y
@@ -75,7 +70,7 @@ def _on_tensor_cores(
         stages = 1 if span >= chunks else 2
     macros = {
         "BANDS": bands, "SPLITS": splits, "TILES": tiles, "BLOCKS": 1 if tiles == 8 else 2,
-        "MIXED": _mixed(weight), "HALF": _half(x), "PDL": int(cuda.is_hopper(x.device.index)),
+        "MIXED": _mixed(weight), "HALF": half(x), "PDL": int(cuda.is_hopper(x.device.index)),
     }  # fmt: skip
     held = 16 + stages * tokens * (span * 32 + 1) * 16
     cuda.launch(
@@ -88,42 +83,6 @@ def _on_tensor_cores(
 
 def _mixed(weight: tuple[Tensor | None, ...]) -> int:
     return int(weight[1] is not None)
-
-
-def gap_linear(
-    x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
-    rows: int, bits: int, parts: int, blocks: int, reach: int,
-) -> Tensor:  # fmt: skip
-    x, tokens, columns = _matrix(x, 8)
-    slices, warps = starts.shape[:2]
-    # What a launch can hold of x; wide layers take fewer tokens at a time.
-    most = GAP_TOKENS
-    while most > 1 and _column_bytes(most) * (reach + 2) > cuda.most_shared(x.device.index):
-        most //= 2
-    if tokens > GAP_TOKENS:
-        expand = functools.partial(_expand_gaps, stream, starts, first, bits, parts, columns)
-        places = slices * (32 // parts)
-        if bias is not None:  # in the order of the places: added before the result is rounded
-            bias = pad(bias, (0, places - rows)) if order is None else bias[order.clamp_min(0)]
-        y = _expanded(x, bias, places, expand)[..., :rows]
-        return y if order is None else torch.empty_like(y).index_copy_(-1, order[:rows].long(), y)
-    y = x.new_empty(*x.shape[:-1], rows)
-    given, found = x.view(tokens, columns), y.view(tokens, rows)
-    for begin in range(0, tokens, most):
-        some = min(most, tokens - begin)
-        held = next(n for n in (1, 2, 4, 8) if some <= n)
-        padded = (reach + 2) // 2 * 2
-        macros = {
-            "GAP": bits, "PARTS": parts, "TOKENS": held, "WARPS": 14, "BLOCKS": 2,
-            "HALF": _half(x), "PDL": int(cuda.is_hopper(x.device.index)),
-        }  # fmt: skip
-        cuda.launch(
-            "gaps", macros, x,
-            (stream, starts, None if blocks else first, order, given[begin:], found[begin:], bias,
-             rows, columns, padded, some, blocks),
-            grid=(slices, 1), block=32 * warps, shared=_column_bytes(held) * padded,
-        )  # fmt: skip
-    return y
 
 
 def gated_linear(
@@ -158,21 +117,21 @@ def gated_24_linear(
 
 def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """codes: as gated_int8_linear."""
-    x, tokens, _ = _matrix(x, 1)
+    x, tokens, _ = matrix(x, 1)
     if tokens <= INT8_TOKENS and is_input_major(codes):
         return _gated_int8(x, None, codes, scale, bias)
 
     def expand(begin: int, end: int) -> Tensor:
         return int8.decode(codes[begin:end], scale[begin:end], x.dtype)
 
-    return _expanded(x, bias, len(codes), expand)
+    return expanded(x, bias, len(codes), expand)
 
 
 def outputs24_linear(
     x: Tensor, values: Tensor, keep: Tensor, index: Tensor | None, bias: Tensor | None, begin: int,
     end: int,
 ) -> Tensor:  # fmt: skip
-    x, _, columns = _matrix(x, 1)
+    x, _, columns = matrix(x, 1)
     before = begin % 16  # rows are expanded in spans of 16
 
     def expand(first: int, last: int) -> Tensor:
@@ -183,7 +142,7 @@ def outputs24_linear(
 
     if before:
         return linear(x, expand(0, end - begin).view(x.dtype), bias)
-    return _expanded(x, bias, end - begin, expand)
+    return expanded(x, bias, end - begin, expand)
 
 
 def _gated_int8(
@@ -212,7 +171,7 @@ def _gated(
         common, limits = None, round_down(threshold, x.dtype)
         if len(limits) % 2:
             limits = pad(limits, (0, 1), value=torch.inf)
-    x, tokens, inputs = _matrix(x, 2)
+    x, tokens, inputs = matrix(x, 2)
     y = x.new_empty(*x.shape[:-1], rows)
     if not tokens:
         return y
@@ -225,7 +184,7 @@ def _gated(
     macros = {
         "FORMAT": format, "WARPS": warps, "TILE": tile, "CLUSTER": shape.cluster,
         "DEPTH": shape.depth, "ITEMS": max(1, -(-share // (64 * warps))), "BLOCKS": shape.blocks,
-        "HALF": _half(x), "PDL": 0,
+        "HALF": half(x), "PDL": 0,
     }  # fmt: skip
     cuda.launch(
         "gated", macros, x,
@@ -305,7 +264,7 @@ def attend(
     shape = (batch * kv_heads * splits, group * (width + 2))
     partial = q.new_empty(shape, dtype=torch.float32) if splits > 1 else None
     macros = {
-        "D": width, "GROUP": group, "BLOCKS": 2 if group * width <= 512 else 1, "HALF": _half(q),
+        "D": width, "GROUP": group, "BLOCKS": 2 if group * width <= 512 else 1, "HALF": half(q),
         "PDL": int(cuda.is_hopper(device)),
     }  # fmt: skip
     strides = (t.stride(d) // 8 for t in (k, v) for d in (0, 1, 2))
@@ -315,42 +274,6 @@ def attend(
          0 if mask is None else mask.stride(0)),
         grid=(splits, batch * kv_heads), block=256, shared=4 * group * (64 + 8 * width),
     )  # fmt: skip
-    return y
-
-
-def _column_bytes(tokens: int) -> int:
-    """Of one column of x in shared memory, see gaps.cu."""
-    return 4 if tokens <= 2 else 2 * tokens
-
-
-def _matrix(x: Tensor, multiple: int) -> tuple[Tensor, int, int]:
-    """x as kernels read it, its tokens and columns: those filled up with zeros, aligned to 16 bytes."""
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        raise EnvironmentFault(
-            f"CUDA kernels compute in bfloat16 or float16, not {x.dtype}; choose --dtype bfloat16"
-        )
-    if x.shape[-1] % multiple:
-        x = pad(x, (0, -x.shape[-1] % multiple))
-    x = x.contiguous()
-    if x.data_ptr() % 16:  # a view into something larger
-        x = x.clone()
-    return x, x.numel() // x.shape[-1], x.shape[-1]
-
-
-def _half(x: Tensor) -> int:
-    return int(x.dtype == torch.float16)
-
-
-def _expanded(
-    x: Tensor, bias: Tensor | None, rows: int, expand: Callable[[int, int], Tensor]
-) -> Tensor:
-    """x times weights that `expand(begin, end)` makes dense, a panel of rows at a time."""
-    y = x.new_empty(*x.shape[:-1], rows)
-    panel = max(32, PANEL // (2 * x.shape[-1]) // 32 * 32)
-    for begin in range(0, rows, panel):
-        end = min(begin + panel, rows)
-        part = None if bias is None else bias[begin:end]
-        y[..., begin:end] = linear(x, expand(begin, end).view(x.dtype), part)
     return y
 
 
@@ -367,20 +290,6 @@ def _expand_sparse24(
         "sparse24_expand", {"MIXED": mixed, "HALF": 0, "PDL": 0}, stream,
         (*weight, panel, rows, columns, chunks, begin // 16),
         grid=(bands if mixed else -(-bands * chunks // 8), 1), block=256, shared=0,
-    )  # fmt: skip
-    return panel
-
-
-def _expand_gaps(
-    stream: Tensor, starts: Tensor, first: Tensor, bits: int, parts: int, columns: int, begin: int,
-    end: int,
-) -> Tensor:  # fmt: skip
-    held, width = 32 // parts, 1024
-    panel = torch.empty(end - begin, columns, dtype=torch.bfloat16, device=stream.device)
-    cuda.launch(
-        "gaps_expand", {"GAP": bits, "PARTS": parts, "WIDTH": width, "HALF": 0, "PDL": 0}, stream,
-        (stream, starts, first, panel, columns, starts.shape[1], begin // held),
-        grid=((end - begin) // held, -(-columns // width)), block=256, shared=2 * held * width,
     )  # fmt: skip
     return panel
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import torch
 
@@ -42,10 +44,12 @@ def all_variants(arch: str, dtype: torch.dtype) -> list[cuda.Variant]:
         for bits in (3, 4):
             for parts in (1, 2):
                 packed = gaps.pack(torch.zeros(32, 64, dtype=dtype), gaps.Shape(bits, parts, 1))
-                for tokens in _TOKENS:
+                # Rounds that the small ring holds, and only the large one.
+                for tokens, span in itertools.product(_TOKENS, (0, 2048)):
+                    packed = replace(packed, spans=(span,) * len(packed.spans))
                     kernels.gap_linear(
                         torch.zeros(tokens, 64, dtype=dtype), packed.stream, packed.starts,
-                        packed.first, None, None, 32, bits, parts, packed.blocks, packed.reach,
+                        packed.first, None, None, 32, *packed.arguments(),
                     )  # fmt: skip
         for rows, columns in _GATED:
             x, threshold = torch.zeros(1, columns, dtype=dtype), torch.zeros(1)

@@ -82,7 +82,7 @@ class GapLinear(PackedLinear):
         rows = torch.arange(len(weight), dtype=torch.int32, device=weight.device)
         own = torch.equal(packed.order[: len(weight)], rows)
         self.register_buffer("order", None if own else packed.order, persistent=False)
-        self.shape = packed.shape.bits, packed.shape.parts, packed.blocks, packed.reach
+        self.shape = packed.arguments()
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gap_linear(

@@ -45,7 +45,7 @@ def test_rows_of_every_length(bits: int) -> None:
     packed = gaps.pack(weight, gaps.Shape(bits, 2, 3))
     assert packed.blocks == 0
     assert torch.equal(gaps.unpack(packed, 200, 2000, BF16), weight)
-    longest = int(packed.first.diff().max()) * len(packed.starts) * 3
+    longest = int(packed.first.diff().max()) * (len(packed.first) - 1) * 3
     assert len(packed.stream) < 0.7 * longest
 
 
@@ -74,12 +74,12 @@ def walk(packed: gaps.Gaps, x: Tensor, rows: int) -> Tensor:
     y = torch.zeros(rows, dtype=torch.float64)
     first = packed.first.tolist()
     per_word = shape.block // 4
-    for index in range(len(packed.starts)):
+    for index in range(len(first) - 1):
         blocks = first[index + 1] - first[index]
         for warp in range(shape.warps):
             for lane in range(32):
                 row = int(packed.order[index * shape.rows + lane % shape.rows])
-                at = starts[(index * shape.warps + warp) * 32 + lane]
+                at = starts[(first[index] * shape.warps + warp * blocks) * 32 + lane]
                 for block in range(blocks):
                     base = (first[index] * shape.warps + warp * blocks + block) * quads
                     for entry in range(shape.block):
@@ -102,6 +102,63 @@ def test_lanes_find_the_product(bits: int, parts: int) -> None:
     packed = gaps.pack(weight, gaps.Shape(bits, parts, 2))
     y = walk(packed, x, 40)
     assert torch.allclose(y, weight.double() @ x, rtol=1e-12, atol=1e-12)
+
+
+def ring_walk(packed: gaps.Gaps, x: Tensor, rows: int, turns: int) -> Tensor:
+    """W x in fp64 as gaps_tensor.cu finds it: rounds of so many turns write into a ring of just the span.
+
+    Fails where an entry would land on one that has not been multiplied yet.
+    """
+    shape, span = packed.shape, packed.spans[gaps.TURNS.index(turns)]
+    starts = packed.starts.view(torch.int16).long() & 0xFFFF
+    per_word = shape.block // 4
+    shifts = shape.bits * torch.arange(per_word)
+    values = packed.stream[:, :-1].contiguous().view(BF16).double().transpose(1, 2).flatten(2)
+    steps = (packed.stream[:, -1].long().unsqueeze(-1) >> shifts & (1 << shape.bits) - 1).flatten(2)
+    columns = starts[..., None] + (steps + 1).cumsum(-1) - 1
+    y = torch.zeros(rows, dtype=torch.float64)
+    first = (packed.first * shape.warps).tolist()
+    for index in range(len(first) - 1):
+        ring: dict[tuple[int, int], tuple[int, float]] = {}
+        slowest = starts[first[index]].view(shape.parts, shape.rows).amin(1)
+        done = (slowest // gaps.UNIT * gaps.UNIT).repeat_interleave(shape.rows)
+        for begin in range(first[index], first[index + 1], turns):
+            end = min(begin + turns, first[index + 1])
+            for block in range(begin, end):
+                for lane in range(32):
+                    for column, value in zip(
+                        columns[block, lane].tolist(), values[block, lane].tolist(), strict=True
+                    ):
+                        assert done[lane] <= column < done[lane] + span
+                        if value:
+                            assert ring.setdefault((lane, column % span), (column, value)) == (
+                                column,
+                                value,
+                            )
+            for half in range(shape.parts):
+                lanes = range(half * shape.rows, (half + 1) * shape.rows)
+                # Whole units that every lane of the half has passed.
+                upcoming = starts[end, list(lanes)].min() if end < first[index + 1] else 1 << 20
+                for lane in lanes:
+                    row = int(packed.order[index * shape.rows + lane % shape.rows])
+                    done[lane] = int(upcoming) // gaps.UNIT * gaps.UNIT
+                    for place in [
+                        k for k, (c, _) in ring.items() if k[0] == lane and c < done[lane]
+                    ]:
+                        column, value = ring.pop(place)
+                        y[row] += value * x[column]
+    return y
+
+
+@pytest.mark.parametrize(("bits", "parts"), [(3, 1), (3, 2), (4, 1), (4, 2)])
+@pytest.mark.parametrize("even", [False, True])
+def test_rounds_stay_within_their_span(bits: int, parts: int, even: bool) -> None:
+    weight = sparse(40, 900, 0.5 if even else torch.linspace(0.02, 0.8, 40)[:, None])
+    x = torch.randn(900, generator=torch.Generator().manual_seed(3)).double()
+    packed = gaps.pack(weight, gaps.Shape(bits, parts, 2))
+    for turns in (2, 3, 8):
+        y = ring_walk(packed, x, 40, turns)
+        assert torch.allclose(y, weight.double() @ x, rtol=1e-12, atol=1e-12)
 
 
 def test_long_gaps_are_bridged() -> None:

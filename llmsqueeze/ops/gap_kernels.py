@@ -1,0 +1,126 @@
+"""gap_linear on CUDA. A few tokens: lanes that each follow a row; more: tensor cores; many: made dense."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from llmsqueeze.numerics.gaps import TURNS
+from llmsqueeze.ops import cuda
+from llmsqueeze.ops.operands import expanded, half, matrix
+
+# Tokens of a launch of gaps.cu, and of gaps_tensor.cu.
+FEW, TENSOR = 4, 32
+
+
+def gap_linear(
+    x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
+    rows: int, bits: int, parts: int, warps: int, blocks: int, reach: int, spans: list[int],
+) -> Tensor:  # fmt: skip
+    x, tokens, columns = matrix(x, 8)
+    slices, index = len(first) - 1, x.device.index
+    # Two blocks of gaps.cu to a multiprocessor: where they hold too much of x, tensor cores are faster.
+    few = tokens <= 2 or (tokens <= FEW and 2 * _held(tokens, reach) <= cuda.most_shared(index))
+    ring = None
+    if not few and tokens <= TENSOR:
+        ring = choose_ring(spans, len(starts) // slices, slices, tokens, index)
+    if not few and not ring and tokens > 2 * FEW:
+        expand = functools.partial(_expand, stream, starts, first, bits, parts, warps, columns)
+        places = slices * (32 // parts)
+        if bias is not None:  # in the order of the places: added before the result is rounded
+            bias = pad(bias, (0, places - rows)) if order is None else bias[order.clamp_min(0)]
+        y = expanded(x, bias, places, expand)[..., :rows]
+        return y if order is None else torch.empty_like(y).index_copy_(-1, order[:rows].long(), y)
+    y = x.new_empty(*x.shape[:-1], rows)
+    given, found = x.view(tokens, columns), y.view(tokens, rows)
+    weight = stream, starts, None if blocks else first, order
+    macros = {"GAP": bits, "PARTS": parts, "HALF": half(x), "PDL": int(cuda.is_hopper(index))}
+    if ring:
+        tiles = next(n for n in (1, 2, 4) if tokens <= 8 * n)
+        more = {"TILES": tiles, "RING": ring.columns, "WARPS": ring.most, "BLOCKS": ring.blocks}
+        cuda.launch(
+            "gaps_tensor", macros | more, x,
+            (*weight, x, y, bias, rows, columns, tokens, warps, blocks),
+            grid=(slices, 1), block=32 * ring.warps, shared=ring.shared,
+        )  # fmt: skip
+        return y
+    # Wide layers take fewer tokens at a time.
+    most = FEW
+    while most > 1 and _held(most, reach) > cuda.most_shared(index):
+        most //= 2
+    for begin in range(0, tokens, most):
+        some = min(most, tokens - begin)
+        more = {"TOKENS": next(n for n in (1, 2, 4) if some <= n), "WARPS": 14, "BLOCKS": 2}
+        cuda.launch(
+            "gaps", macros | more, x,
+            (*weight, given[begin:], found[begin:], bias, rows, columns, _padded(reach), some, blocks),
+            grid=(slices, 1), block=32 * warps, shared=_held(some, reach),
+        )  # fmt: skip
+    return y
+
+
+def _padded(reach: int) -> int:
+    return (reach + 2) // 2 * 2
+
+
+def _held(tokens: int, reach: int) -> int:
+    """Bytes of x in shared memory, see gaps.cu."""
+    return (4 if tokens <= 2 else 8) * _padded(reach)
+
+
+@dataclass(frozen=True)
+class Ring:
+    """A launch of gaps_tensor.cu. columns: of the ring; warps of a block, at most `most`; blocks to a
+    multiprocessor that registers are divided for; shared: bytes that a block asks for."""
+
+    columns: int
+    warps: int
+    most: int
+    blocks: int
+    shared: int
+
+
+def choose_ring(spans: list[int], turns: int, slices: int, tokens: int, index: int) -> Ring | None:
+    """On an H100 the fastest of those tried; None: no ring holds a round.
+
+    Several blocks to a multiprocessor with a small ring each overlap what each waits for, but with fewer
+    than six warps they do not keep it busy.
+    """
+    shared = cuda.most_shared(index)
+
+    def fit(columns: int, most: int) -> int:
+        """Warps for as few rounds as can be; 0: none."""
+        found = [n for n, span in zip(TURNS, spans, strict=True) if span <= columns and n <= most]
+        if not found or 64 * columns > shared:
+            return 0
+        rounds = -(-turns // found[-1])
+        return next(n for n in found if -(-turns // n) == rounds)
+
+    small, large = fit(1024, 8), fit(2048, 16)
+    each = -(-slices // cuda.architecture(index)[1])  # blocks for a multiprocessor
+    if large and (small < 6 or (each == 1 and large > small)):
+        return Ring(2048, large, 16, 1, 64 * 2048)
+    if not small:
+        return None
+    asked = 64 * 1024
+    if each < 3:  # no more at once than each gets, or others get fewer
+        asked = max(asked, shared // (each + 1) + 1024)
+    return Ring(1024, small, 8, min(3 if tokens <= 8 else 2, shared // (64 * 1024)), asked)
+
+
+def _expand(
+    stream: Tensor, starts: Tensor, first: Tensor, bits: int, parts: int, warps: int, columns: int,
+    begin: int, end: int,
+) -> Tensor:  # fmt: skip
+    held, width = 32 // parts, 1024
+    panel = torch.empty(end - begin, columns, dtype=torch.bfloat16, device=stream.device)
+    cuda.launch(
+        "gaps_expand", {"GAP": bits, "PARTS": parts, "WIDTH": width, "HALF": 0, "PDL": 0}, stream,
+        (stream, starts, first, panel, columns, warps, begin // held),
+        grid=((end - begin) // held, -(-columns // width)), block=256, shared=2 * held * width,
+    )  # fmt: skip
+    return panel
