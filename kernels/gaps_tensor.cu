@@ -1,20 +1,26 @@
-// y = x Wᵀ + b for a gap stream (see gaps.cu) and up to 64 tokens, by tensor cores.
+// y = x Wᵀ + b for a gap stream (see gaps.cu) and up to 32 tokens, by tensor cores; or its dense rows.
 //
 // The rows of a slice are made dense a stretch of columns at a time, in a ring in shared memory. Warps take the
 // blocks of a slice in turns, so that all of them are about where the slowest row is; columns that every row
 // has passed are multiplied and made zero again.
 //
-// stream, starts, first, order, x, y, bias: as in gaps.cu; positions: of a warp's blocks, all warps of the
-// layout after one another. A block of this kernel has as many warps as keep a round within the ring.
+// stream, starts, first, order, x, y, bias: as in gaps.cu; layout_warps: that the stream is divided for. A block
+// of this kernel has as many warps as keep a round within the ring; slices of a launch count from `first_slice`.
 //
-// Macros: GAP bits a gap; PARTS lanes share a row; TILES of 8 tokens; RING columns, a power of two; WARPS
-// at most; BLOCKS that fit a multiprocessor. Sums are fp32, in an order that depends on the shapes alone.
+// Macros: GAP bits a gap; PARTS lanes share a row; TILES of 8 tokens, or 0: y is [rows, columns], where rows go
+// as `order` says, or one after another; RING columns, a power of two; WARPS at most; BLOCKS that fit a multiprocessor.
+// Sums are fp32, in an order that depends on the shapes alone.
 
 #define QUADS (GAP == 3 ? 6 : 5)
 #define PER_WORD (GAP == 3 ? 10 : 8)
 #define COUNT ((QUADS - 1) * 8)
 #define ROWS (32 / PARTS)
 #define BANDS (ROWS / 16)
+#if PARTS == 1
+typedef uint4 Rows;
+#else
+typedef uint2 Rows;
+#endif
 // Units of which a warp asks for x at once.
 #define AHEAD (TILES > 2 ? 1 : TILES == 2 ? 2 : PARTS == 2 && BLOCKS == 3 ? 1 : 3)
 
@@ -59,10 +65,11 @@ __device__ __forceinline__ int least(int value) {
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gaps_tensor(const uint4* __restrict__ stream, const u16* __restrict__ starts, const int* __restrict__ first,
             const int* __restrict__ order, const uint4* __restrict__ x, u16* __restrict__ y,
-            const u16* __restrict__ bias, int rows, int columns, int tokens, int layout_warps, int blocks) {
+            const u16* __restrict__ bias, int rows, int columns, int tokens, int layout_warps, int blocks,
+            int first_slice) {
     extern __shared__ uint4 shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-    const int slice = blockIdx.x;
+    const int slice = first_slice + blockIdx.x;
     size_t before = (size_t)slice * blocks;
     if (first) {
         before = first[slice];
@@ -78,6 +85,7 @@ gaps_tensor(const uint4* __restrict__ stream, const u16* __restrict__ starts, co
     let_next_start();
     for (int i = threadIdx.x; i < RING * 4; i += blockDim.x) shared[i] = make_uint4(0, 0, 0, 0);
 
+#if TILES
     float sum[BANDS][TILES][4];
 #pragma unroll
     for (int b = 0; b < BANDS; b++)
@@ -85,7 +93,7 @@ gaps_tensor(const uint4* __restrict__ stream, const u16* __restrict__ starts, co
         for (int n = 0; n < TILES; n++)
 #pragma unroll
             for (int i = 0; i < 4; i++) sum[b][n][i] = 0;
-
+#endif
     const u32 own = place(lane) * 4;
     const int group = lane >> 2, quad = lane & 3;
     // What this lane reads of an operand, at columns 0 and 1 of its eight.
@@ -94,19 +102,21 @@ gaps_tensor(const uint4* __restrict__ stream, const u16* __restrict__ starts, co
     // Units of 32 columns below `done` are multiplied, those below `stop` will be; the upper lanes' parts begin
     // where the lower ones' end.
     const int last = (columns + 31) / 32;
-    int done[PARTS], stop[PARTS], ends[PARTS];
+    int done[PARTS], stop[PARTS], ends[PARTS], shared_from = 0;
     done[0] = 0;
     ends[PARTS - 1] = last;
 #if PARTS == 2
     {
         const int upper = start[0];
         done[1] = least(lane >= 16 ? upper : 0xffff) / 32;
+        shared_from = done[1];
         ends[0] = (31 - least(lane >= 16 ? -upper : 0)) / 32;
     }
 #endif
+    const int vectors = columns / 8;
+#if TILES
     // What units from `unit` on need of x. Absent tokens repeat the last one, and are not stored; beyond the last
     // column weights are zeros.
-    const int vectors = columns / 8;
     u32 seen[TILES];
 #pragma unroll
     for (int n = 0; n < TILES; n++) seen[n] = min(n * 8 + group, tokens - 1) * vectors;
@@ -119,37 +129,64 @@ gaps_tensor(const uint4* __restrict__ stream, const u16* __restrict__ starts, co
                 for (int n = 0; n < TILES; n++) held[i][n] = x[seen[n] + at];
             }
     };
-    auto multiply = [&](const uint4(&b)[TILES], int part, int unit) {
+#endif
+    // Take a unit out of the ring: columns 8 · quad to 8 · quad + 7 of this lane's rows.
+    auto take = [&](Rows(&v)[4], int part, int unit) {
         char* a = (char*)shared + ((operand ^ part * 32) + (unit * 32 & (RING - 1)) * 64);
-#if PARTS == 1
-        uint4 v[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = *(uint4*)(a + i * 128);
+        for (int i = 0; i < 4; i++) v[i] = *(Rows*)(a + i * 128);
 #pragma unroll
-        for (int i = 0; i < 4; i++) *(uint4*)(a + i * 128) = make_uint4(0, 0, 0, 0);
+        for (int i = 0; i < 4; i++) *(Rows*)(a + i * 128) = Rows();
+    };
+#if TILES
+    auto multiply = [&](const uint4(&b)[TILES], int part, int unit) {
+        Rows v[4];
+        take(v, part, unit);
 #pragma unroll
         for (int n = 0; n < TILES; n++) {
             const u32 columns[4] = {b[n].x, b[n].y, b[n].z, b[n].w};
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 MMA(sum[0][n], v[i].x, v[i].y, columns[i]);
-                MMA(sum[BANDS - 1][n], v[i].z, v[i].w, columns[i]);
+#if PARTS == 1
+                MMA(sum[1][n], v[i].z, v[i].w, columns[i]);
+#endif
             }
         }
-#else
-        uint2 v[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) v[i] = *(uint2*)(a + i * 128);
-#pragma unroll
-        for (int i = 0; i < 4; i++) *(uint2*)(a + i * 128) = make_uint2(0, 0);
-#pragma unroll
-        for (int n = 0; n < TILES; n++) {
-            const u32 columns[4] = {b[n].x, b[n].y, b[n].z, b[n].w};
-#pragma unroll
-            for (int i = 0; i < 4; i++) MMA(sum[0][n], v[i].x, v[i].y, columns[i]);
-        }
-#endif
     };
+#else
+    // Where this lane's rows are in y, and upper lanes' shares of them begin.
+    int places[ROWS / 8], begins[ROWS / 8];
+#pragma unroll
+    for (int i = 0; i < ROWS / 8; i++) {
+        const int row = i * 8 + group;
+        places[i] = order ? order[slice * ROWS + row] : blockIdx.x * ROWS + row;
+        if (places[i] >= rows) places[i] = -1;
+        begins[i] = PARTS == 2 ? start[16 + row - lane] : 0;
+    }
+    auto write = [&](int part, int unit) {
+        Rows v[4];
+        take(v, part, unit);
+        const int vector = unit * 4 + quad;
+        if (vector >= vectors) return;
+        const u32* words = (u32*)v;
+#pragma unroll
+        for (int i = 0; i < ROWS / 8; i++) {
+            if (places[i] < 0) continue;
+            uint4* to = (uint4*)y + (size_t)places[i] * vectors + vector;
+            const int n = sizeof(Rows) / 4;
+            const u32 found[4] = {words[i], words[n + i], words[2 * n + i], words[3 * n + i]};
+            if (PARTS == 1 || unit < shared_from || unit >= ends[0]) {
+                *to = make_uint4(found[0], found[1], found[2], found[3]);
+                continue;
+            }
+            // Lower and upper lanes each have some of these columns.
+#pragma unroll
+            for (int c = 0; c < 8; c++)
+                if (part == (vector * 8 + c >= begins[i])) ((u16*)to)[c] = found[c / 2] >> (c % 2 * 16);
+        }
+    };
+#endif
     wait_for_input();
 
     for (int begin = 0; begin < positions; begin += warps) {
@@ -189,23 +226,30 @@ gaps_tensor(const uint4* __restrict__ stream, const u16* __restrict__ starts, co
             stop[1] = least(lane < 16 ? 0xffff : ahead) / 32;
 #endif
         }
+#if TILES
         // What is first needed of x is asked for while other warps still write.
         uint4 held[PARTS][AHEAD][TILES];
 #pragma unroll
         for (int part = 0; part < PARTS; part++) fetch(held[part], done[part] + warp, stop[part]);
+#endif
         __syncthreads();
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
+#if TILES
             for (int unit = done[part] + warp; unit < stop[part];) {
 #pragma unroll
                 for (int i = 0; i < AHEAD; i++, unit += warps)
                     if (unit < stop[part]) multiply(held[part][i], part, unit);
                 if (unit < stop[part]) fetch(held[part], unit, stop[part]);
             }
+#else
+            for (int unit = done[part] + warp; unit < stop[part]; unit += warps) write(part, unit);
+#endif
             done[part] = stop[part];
         }
     }
 
+#if TILES
     // Add up what warps found, in the ring: [warp][token][row].
     __syncthreads();
     float* parts = (float*)shared;
@@ -233,4 +277,5 @@ gaps_tensor(const uint4* __restrict__ stream, const u16* __restrict__ starts, co
         for (int w = 0; w < warps; w++) total += parts[w * tokens * ROWS + i];
         y[(size_t)(i / ROWS) * rows + row] = narrow(total);
     }
+#endif
 }

@@ -142,7 +142,7 @@ class _Checking(TorchDispatchMode):  # type: ignore[misc]
     def __init__(self) -> None:
         super().__init__()
         self.errors: dict[str, float] = {}
-        self._seen: set[tuple[Any, ...]] = set()
+        self._seen: set[tuple[str, ...]] = set()
 
     def __torch_dispatch__(
         self,
@@ -154,7 +154,7 @@ class _Checking(TorchDispatchMode):  # type: ignore[misc]
         y = func(*args, **(kwargs or {}))
         if func.namespace == "llmsqueeze":
             name = func.overloadpacket.__name__
-            shapes = (name, *(tuple(a.shape) if isinstance(a, Tensor) else a for a in args))
+            shapes = (name, *(str(a.shape if isinstance(a, Tensor) else a) for a in args))
             if shapes not in self._seen:
                 self._seen.add(shapes)
                 error = relative_error(y, getattr(ops, name)(*args))

@@ -251,6 +251,20 @@ def test_operators_are_compared_on_what_they_meet(
         assert not error <= 0.3
 
 
+@pytest.mark.parametrize(
+    ("pattern", "operator"), [("2:4", "sparse24_linear"), ("50 %", "gap_linear")]
+)
+def test_every_operator_is_compared(
+    pattern: str, operator: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = pruned_model(pattern)
+    pack_linears(model, CPU)
+    reference = getattr(ops, operator)
+    monkeypatch.setattr(ops, operator, lambda *given: reference(*given) * 1.5)
+    error, found = operator_error(model, IDS[0])
+    assert found == operator and error > 0.3
+
+
 def test_gates_can_be_taken_out() -> None:
     model = gated_model()
     plain = logits(tiny_model().to(torch.bfloat16), IDS[:1, :1])

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llmsqueeze.numerics.gaps import TURNS
-from llmsqueeze.ops import cuda
-from llmsqueeze.ops.operands import expanded, half, matrix
+from llmsqueeze.ops import cuda, operands
+from llmsqueeze.ops.operands import half, matrix
 
 # Tokens of a launch of gaps.cu, and of gaps_tensor.cu.
 FEW, TENSOR = 4, 32
@@ -29,11 +29,16 @@ def gap_linear(
     if not few and tokens <= TENSOR:
         ring = choose_ring(spans, len(starts) // slices, slices, tokens, index)
     if not few and not ring and tokens > 2 * FEW:
-        expand = functools.partial(_expand, stream, starts, first, bits, parts, warps, columns)
+        expand = functools.partial(
+            _expand, stream, starts, first, bits, parts, warps, columns, spans
+        )
+        if 2 * rows * columns <= operands.PANEL:
+            return operands.expanded(x, bias, rows, functools.partial(expand, order))
+        # A panel is some of the slices: rows come in their order, and are moved in the result.
         places = slices * (32 // parts)
-        if bias is not None:  # in the order of the places: added before the result is rounded
+        if bias is not None:  # added before the result is rounded
             bias = pad(bias, (0, places - rows)) if order is None else bias[order.clamp_min(0)]
-        y = expanded(x, bias, places, expand)[..., :rows]
+        y = operands.expanded(x, bias, places, functools.partial(expand, None))[..., :rows]
         return y if order is None else torch.empty_like(y).index_copy_(-1, order[:rows].long(), y)
     y = x.new_empty(*x.shape[:-1], rows)
     given, found = x.view(tokens, columns), y.view(tokens, rows)
@@ -44,7 +49,7 @@ def gap_linear(
         more = {"TILES": tiles, "RING": ring.columns, "WARPS": ring.most, "BLOCKS": ring.blocks}
         cuda.launch(
             "gaps_tensor", macros | more, x,
-            (*weight, x, y, bias, rows, columns, tokens, warps, blocks),
+            (*weight, x, y, bias, rows, columns, tokens, warps, blocks, 0),
             grid=(slices, 1), block=32 * ring.warps, shared=ring.shared,
         )  # fmt: skip
         return y
@@ -114,13 +119,27 @@ def choose_ring(spans: list[int], turns: int, slices: int, tokens: int, index: i
 
 def _expand(
     stream: Tensor, starts: Tensor, first: Tensor, bits: int, parts: int, warps: int, columns: int,
-    begin: int, end: int,
+    spans: list[int], order: Tensor | None, begin: int, end: int,
 ) -> Tensor:  # fmt: skip
-    held, width = 32 // parts, 1024
-    panel = torch.empty(end - begin, columns, dtype=torch.bfloat16, device=stream.device)
-    cuda.launch(
-        "gaps_expand", {"GAP": bits, "PARTS": parts, "WIDTH": width, "HALF": 0, "PDL": 0}, stream,
-        (stream, starts, first, panel, columns, warps, begin // held),
-        grid=((end - begin) // held, -(-columns // width)), block=256, shared=2 * held * width,
-    )  # fmt: skip
+    """[end - begin, columns]: with an order all rows, else what is at places begin to end."""
+    held, index = 32 // parts, stream.device.index
+    slices = -(-(end - begin) // held)
+    macros = {"GAP": bits, "PARTS": parts, "HALF": 0, "PDL": 0}
+    ring = choose_ring(spans, len(starts) // (len(first) - 1), slices, 1, index)
+    make = torch.empty if ring else torch.zeros
+    panel = make(end - begin, columns, dtype=torch.bfloat16, device=stream.device)
+    if ring:
+        more = {"TILES": 0, "RING": ring.columns, "WARPS": ring.most, "BLOCKS": ring.blocks}
+        cuda.launch(
+            "gaps_tensor", macros | more, stream,
+            (stream, starts, first, order, None, panel, None, len(panel), columns, 0, warps, 0,
+             begin // held),
+            grid=(slices, 1), block=32 * ring.warps, shared=ring.shared,
+        )  # fmt: skip
+    else:
+        cuda.launch(
+            "gaps_expand", macros, stream,
+            (stream, starts, first, order, panel, len(panel), columns, warps, begin // held),
+            grid=(slices, 1), block=256, shared=0,
+        )  # fmt: skip
     return panel

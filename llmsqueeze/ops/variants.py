@@ -44,8 +44,8 @@ def all_variants(arch: str, dtype: torch.dtype) -> list[cuda.Variant]:
         for bits in (3, 4):
             for parts in (1, 2):
                 packed = gaps.pack(torch.zeros(32, 64, dtype=dtype), gaps.Shape(bits, parts, 1))
-                # Rounds that the small ring holds, and only the large one.
-                for tokens, span in itertools.product(_TOKENS, (0, 2048)):
+                # Rounds that the small ring holds, only the large one, and none.
+                for tokens, span in itertools.product(_TOKENS, (0, 2048, 4096)):
                     packed = replace(packed, spans=(span,) * len(packed.spans))
                     kernels.gap_linear(
                         torch.zeros(tokens, 64, dtype=dtype), packed.stream, packed.starts,
