@@ -7,7 +7,8 @@
 //      u16, the keep mask of the 16. index: [columns] u16, the input that meets a column, or null: the input
 //      of the same number. An input may meet two columns (then all 16 weights can be non-zero) or none.
 // common: the threshold of all inputs, fp32, or null: all count. limits: [inputs], thresholds in the dtype of
-// x, instead: every block reads them. x: [tokens, inputs]; y: [tokens, rows]; bias: [rows] or null.
+// x, instead: every block reads them. x: [tokens, inputs]; y: [tokens, rows], or with glu [tokens, rows / 2], see
+// swiglu; bias: [rows] or null.
 //
 // CLUSTER blocks divide the columns of a tile of TILE rows; each lists its active inputs in shared memory
 // and streams their columns. NaN and infinity are always active: they show, as in the reference.
@@ -94,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 gated(const uint4* __restrict__ weight, const u16* __restrict__ x, const float* __restrict__ common,
       const u16* __restrict__ limits, u16* __restrict__ y, const u16* __restrict__ bias,
       const float* __restrict__ scale, const u16* __restrict__ meta, const u16* __restrict__ index, int rows,
-      int columns, int inputs, int stride) {
+      int columns, int inputs, int stride, int glu) {
     extern __shared__ u32 list[];  // a column's number in the share, and the input it meets; then `parts`
     __shared__ int counts[WARPS];
 #if CLUSTER > 1
@@ -246,5 +247,11 @@ done:
 #pragma unroll
         for (int r = 0; r < CLUSTER; r++) total += mine[r][output];
 #endif
-    if (mine_to_store) y[(size_t)token * rows + row] = narrow(fmaf(total, factor, offset));
+    total = fmaf(total, factor, offset);
+    if (glu) {  // TILE / CLUSTER is 16 or more: the other row of a pair is in the same warp
+        const float up = __shfl_down_sync(ALL, total, 8);
+        if (mine_to_store && !(output & 8)) y[(size_t)token * (rows / 2) + swiglu_row(row)] = narrow(swiglu(total, up));
+    } else if (mine_to_store) {
+        y[(size_t)token * rows + row] = narrow(total);
+    }
 }

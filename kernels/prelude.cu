@@ -43,6 +43,12 @@ __device__ __forceinline__ u16 narrow(float x) {
     return bits;
 }
 
+// Rows of a gate and of an up projection lie in turns, 8 and 8; of a pair only silu(gate) · up is stored: in place of
+// row 16 i + j, where j < 8, as row 8 i + j.
+__device__ __forceinline__ float swiglu(float gate, float up) { return gate / (1 + __expf(-gate)) * up; }
+
+__device__ __forceinline__ int swiglu_row(int row) { return row / 16 * 8 + row % 8; }
+
 // 16 bytes of weights, or zeros. They are read once: not worth a place in L1.
 __device__ __forceinline__ uint4 load_weights(const uint4* from, bool wanted) {
     uint4 v;

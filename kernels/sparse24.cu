@@ -9,8 +9,8 @@
 //          number among those of the band from bit 11 on.
 // metadata: [2:4 pieces][32 lanes] of 8 bytes. starts: [bands + 1][2]: a band's first piece, and first 2:4 one.
 //
-// x: [tokens, columns]; y: [tokens, rows]; bias: [rows] or null. chunks: of 256 columns; span: of them, in
-// shared memory at a time.
+// x: [tokens, columns]; y: [tokens, rows], or with glu [tokens, rows / 2], see swiglu; bias: [rows] or null.
+// chunks: of 256 columns; span: of them, in shared memory at a time.
 //
 // Macros: BANDS × SPLITS warps share a block, SPLITS of them divide the columns of a band; TILES of 8
 // tokens, or 0: up to four, for which lanes of absent tokens need not read anything; BLOCKS that fit a
@@ -53,7 +53,7 @@ __device__ __forceinline__ uint4 load_operand(u32 address) {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 sparse24(const uint4* __restrict__ stream, const u32* __restrict__ entries, const uint2* __restrict__ metadata,
          const int* __restrict__ starts, const uint4* __restrict__ x, u16* __restrict__ y,
-         const u16* __restrict__ bias, int rows, int columns, int tokens, int chunks, int span) {
+         const u16* __restrict__ bias, int rows, int columns, int tokens, int chunks, int span, int glu) {
     extern __shared__ uint4 shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int split = warp % SPLITS, place = warp / SPLITS;
@@ -259,13 +259,18 @@ sparse24(const uint4* __restrict__ stream, const u32* __restrict__ entries, cons
     }
     __syncthreads();
     for (int i = threadIdx.x; i < BANDS * tokens * 16; i += THREADS) {
-        const int row = (blockIdx.x * BANDS + i / (tokens * 16)) * 16 + (i & 15);
+        const int first = (blockIdx.x * BANDS + i / (tokens * 16)) * 16 + (i & 15);
         const int token = i / 16 % tokens;
-        if (row < rows) {
-            float total = bias ? widen(bias[row]) : 0;
+        auto total = [&](int further) {
+            float sum = bias ? widen(bias[first + further]) : 0;
 #pragma unroll
-            for (int s = 0; s < SPLITS; s++) total += parts[s * BANDS * tokens * 16 + i];
-            y[(size_t)token * rows + row] = narrow(total);
-        }
+            for (int s = 0; s < SPLITS; s++) sum += parts[s * BANDS * tokens * 16 + i + further];
+            return sum;
+        };
+        if (first >= rows || glu && i & 8) continue;
+        if (glu)
+            y[(size_t)token * (rows / 2) + swiglu_row(first)] = narrow(swiglu(total(0), total(8)));
+        else
+            y[(size_t)token * rows + first] = narrow(total(0));
     }
 }

@@ -172,6 +172,12 @@ def _off(y: torch.Tensor, expected: torch.Tensor) -> float:
     return float((y.double() - expected).norm() / expected.norm())
 
 
+def _swiglu(y: torch.Tensor) -> torch.Tensor:
+    """In fp64: rows of a gate and of an up projection in turns, 8 and 8."""
+    gate_, up = y.unflatten(-1, (-1, 2, 8)).unbind(-2)
+    return (gate_ / (1 + (-gate_).exp()) * up).flatten(-2)
+
+
 # As much as rounding the result alone costs: bf16 2^-9 / sqrt(3), fp16 an eighth of that.
 ROUNDING = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 
@@ -197,6 +203,13 @@ def test_kernels_find_the_product(
             y = linear(x)
             assert _off(y, expected) < ROUNDING[dtype], tokens
             assert torch.equal(y, linear(x))
+    if rows % 16 == 0:
+        paired = (Sparse24Linear if pattern == "2:4" else GapLinear)(weight, bias, glu=True)
+        for tokens in (1, 2, 3, 4, 5, 8, 9, 16, 31, 64, 65):
+            x = torch.randn(tokens, columns, device="cuda").to(dtype)
+            expected = _swiglu(x.double() @ weight.double().t() + bias.double())
+            # Beyond some tokens the products are rounded before they meet.
+            assert _off(paired(x), expected) < 2 * ROUNDING[dtype], tokens
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
@@ -214,7 +227,13 @@ def test_gated_kernels_find_the_product(rows: int, columns: int, dtype: torch.dt
         threshold[0], threshold[1] = -1, float("inf")
         kept = x.double() * (x.float().abs() > threshold)
         y = torch.ops.llmsqueeze.gated_linear(x, threshold, weight, bias, None, None)
-        assert _off(y, kept @ weight.double().t() + bias.double()) < ROUNDING[dtype]
+        expected = kept @ weight.double().t() + bias.double()
+        assert _off(y, expected) < ROUNDING[dtype]
+        if rows % 16 == 0:
+            operator = torch.ops.llmsqueeze.gated_linear
+            y = operator(x, threshold, weight, bias, None, None, glu=True)
+            assert _off(y, _swiglu(expected)) < 2 * ROUNDING[dtype]
+            y = operator(x, threshold, weight, bias, None, None)
         assert torch.equal(
             y, torch.ops.llmsqueeze.gated_linear(x, threshold, weight, bias, None, None)
         )
@@ -243,20 +262,32 @@ def test_kernels_behind_gates_read_packed_weights(
     codes, largest = int8.encode(weight)
     codes, scale = input_major(codes), int8.scales(largest)
     exact = codes.double() * scale.double()[:, None]
-    each = torch.rand(columns, device="cuda") * 1.5
+    each, paired = torch.rand(columns, device="cuda") * 1.5, rows % 16 == 0
     for threshold in (each, round_down(each, dtype), each[:1]):
         for tokens in (1, 2):
             x = torch.randn(tokens, columns, device="cuda").to(dtype)
             kept = x.double() * (x.float().abs() > threshold)
             y = operators.gated_int8_linear(x, threshold, codes, scale, bias, None, None)
-            assert _off(y, kept @ exact.t() + bias.double()) < ROUNDING[dtype]
+            expected = kept @ exact.t() + bias.double()
+            assert _off(y, expected) < ROUNDING[dtype]
+            if paired:
+                y = operators.gated_int8_linear(
+                    x, threshold, codes, scale, bias, None, None, glu=True
+                )
+                assert _off(y, _swiglu(expected)) < 2 * ROUNDING[dtype]
             for budget in (0.0, 0.02):
                 halved = weight * keep_nm_out(weight.float().abs(), 2, 4, budget)
                 packed = outputs24.pack(halved)
                 assert torch.equal(outputs24.unpack(packed, rows, columns), halved)
                 fields = packed.values, packed.keep, packed.index
                 y = operators.gated_24_linear(x, threshold, *fields, bias, None, None, rows)
-                assert _off(y, kept @ halved.double().t() + bias.double()) < ROUNDING[dtype]
+                expected = kept @ halved.double().t() + bias.double()
+                assert _off(y, expected) < ROUNDING[dtype]
+                if paired:
+                    y = operators.gated_24_linear(
+                        x, threshold, *fields, bias, None, None, rows, glu=True
+                    )
+                    assert _off(y, _swiglu(expected)) < 2 * ROUNDING[dtype]
     for tokens in (1, 2):
         x = torch.randn(tokens, columns, device="cuda").to(dtype)
         y = operators.int8_linear(x, codes, scale, bias)
@@ -290,9 +321,11 @@ def test_the_kernel_for_tiles_computes_the_same(
         for tokens in (1, 2, 4, 5, 8, 16, 33, 64):
             x = torch.randn(tokens, columns, device="cuda").to(dtype)
             y = torch.ops.llmsqueeze.mixed24_linear(x, *fields, bias, rows)
-            assert _off(y, x.double() @ pruned.double().t() + bias.double()) < ROUNDING[dtype], (
-                tokens
-            )
+            expected = x.double() @ pruned.double().t() + bias.double()
+            assert _off(y, expected) < ROUNDING[dtype], tokens
+            if rows % 16 == 0:
+                y = torch.ops.llmsqueeze.mixed24_linear(x, *fields, bias, rows, glu=True)
+                assert _off(y, _swiglu(expected)) < 2 * ROUNDING[dtype], tokens
         x = torch.eye(columns, device="cuda", dtype=dtype)
         y = torch.ops.llmsqueeze.mixed24_linear(x, *fields, None, rows)
         assert torch.equal(y, pruned.t())

@@ -100,12 +100,12 @@ def choose_shape(longest: Mapping[int, int], rows: int, multiprocessors: int = 1
     return min(shapes, key=cost)
 
 
-def pack_best(weight: Tensor, multiprocessors: int = 132) -> Gaps:
+def pack_best(weight: Tensor, multiprocessors: int = 132, together: int = 1) -> Gaps:
     """pack() in the shape that choose_shape() prefers."""
     lengths = {bits: entries(weight, bits) for bits in (3, 4)}
     longest = {bits: int(found.max()) for bits, found in lengths.items()}
     shape = choose_shape(longest, len(weight), multiprocessors)
-    return pack(weight, shape, lengths[shape.bits])
+    return pack(weight, shape, lengths[shape.bits], together)
 
 
 def entries(weight: Tensor, bits: int) -> Tensor:
@@ -114,10 +114,11 @@ def entries(weight: Tensor, bits: int) -> Tensor:
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
 
 
-def pack(weight: Tensor, shape: Shape, lengths: Tensor | None = None) -> Gaps:
+def pack(weight: Tensor, shape: Shape, lengths: Tensor | None = None, together: int = 1) -> Gaps:
     """Of a [rows, columns] bf16 or fp16 matrix; ValueError beyond 60,000 columns.
 
-    lengths: of entries(), if they are known. Rows of like length are put together, when that saves blocks.
+    lengths: of entries(), if they are known. Rows of like length are put together, when that saves blocks;
+    together: of which so many stay as they are, 1 or 16. They divide the rows.
     """
     rows, columns = weight.shape
     if columns > MAX_COLUMNS:
@@ -130,8 +131,9 @@ def pack(weight: Tensor, shape: Shape, lengths: Tensor | None = None) -> Gaps:
     order[rows:] = -1
     need = _blocks(lengths, order, shape.rows, unit)
     if int(need.min()) != int(need.max()):
-        ranked = lengths.argsort(descending=True, stable=True)
-        order[:rows] = ranked
+        longest_of = lengths.view(-1, together).amax(1)
+        ranked = longest_of.argsort(descending=True, stable=True) * together
+        order[:rows] = (ranked[:, None] + order[:together]).flatten()
         need = _blocks(lengths, order, shape.rows, unit)
     # Slices of one length need no table to be found; worth 2 % more bytes.
     longest = int(need.max())

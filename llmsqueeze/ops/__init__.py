@@ -12,30 +12,35 @@ from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
 _LIBRARY = torch.library.Library("llmsqueeze", "DEF")
 _LIBRARY.define("gate(Tensor x, Tensor threshold) -> Tensor")
 _LIBRARY.define(
-    "gated_linear(Tensor x, Tensor threshold, Tensor weight, Tensor? bias, Tensor? up, Tensor? down)"
-    " -> Tensor"
+    "gated_linear(Tensor x, Tensor threshold, Tensor weight, Tensor? bias, Tensor? up, Tensor? down,"
+    " bool glu=False) -> Tensor"
 )
 _LIBRARY.define(
     "gated_int8_linear(Tensor x, Tensor threshold, Tensor codes, Tensor scale, Tensor? bias, Tensor? up,"
-    " Tensor? down) -> Tensor"
+    " Tensor? down, bool glu=False) -> Tensor"
 )
 _LIBRARY.define(
     "gated_24_linear(Tensor x, Tensor threshold, Tensor values, Tensor keep, Tensor? index, Tensor? bias,"
-    " Tensor? up, Tensor? down, int rows) -> Tensor"
+    " Tensor? up, Tensor? down, int rows, bool glu=False) -> Tensor"
 )
-_LIBRARY.define("int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias) -> Tensor")
+_LIBRARY.define(
+    "int8_linear(Tensor x, Tensor codes, Tensor scale, Tensor? bias, bool glu=False) -> Tensor"
+)
 _LIBRARY.define(
     "outputs24_linear(Tensor x, Tensor values, Tensor keep, Tensor? index, Tensor? bias, int begin,"
     " int end) -> Tensor"
 )
 _LIBRARY.define(
     "mixed24_linear(Tensor x, Tensor stream, Tensor entries, Tensor metadata, Tensor starts, Tensor? bias,"
-    " int rows) -> Tensor"
+    " int rows, bool glu=False) -> Tensor"
 )
-_LIBRARY.define("sparse24_linear(Tensor x, Tensor stream, Tensor? bias, int rows) -> Tensor")
+_LIBRARY.define(
+    "sparse24_linear(Tensor x, Tensor stream, Tensor? bias, int rows, bool glu=False) -> Tensor"
+)
 _LIBRARY.define(
     "gap_linear(Tensor x, Tensor stream, Tensor starts, Tensor first, Tensor? order, Tensor? bias,"
-    " int rows, int bits, int parts, int warps, int blocks, int reach, int[] spans) -> Tensor"
+    " int rows, int bits, int parts, int warps, int blocks, int reach, int[] spans,"
+    " bool glu=False) -> Tensor"
 )
 _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor counters, float scale) -> Tensor"
@@ -81,40 +86,59 @@ def gated_linear(
     bias: Tensor | None,
     up: Tensor | None,
     down: Tensor | None,
+    glu: bool = False,
 ) -> Tensor:
     """W gate(x) + b, and for what the gate dropped the low-rank branch up · down · (x - gate(x)).
 
     weight: [out, in]; bias: [out] or None; up: [out, rank] and down: [rank, in], both or neither.
-    Everything but the threshold in x's dtype. Returns [..., out].
+    Everything but the threshold in x's dtype. Returns [..., out], or with glu what swiglu() makes of that:
+    so for all operators that have it.
     """
     kept = gate(x, threshold)
     y = torch.nn.functional.linear(kept, weight, bias)
     if up is not None and down is not None:
         y = y + (x - kept) @ down.t() @ up.t()
-    return y
+    return swiglu(y) if glu else y
+
+
+def swiglu(y: Tensor) -> Tensor:
+    """[..., 2 n] → [..., n]: silu(gate) · up, in fp32, of 8 gates, then 8 ups, then 8 gates, ….
+
+    n: divisible by 8. The order lets a kernel find the two that belong together beside one another.
+    """
+    gate, up = y.unflatten(-1, (-1, 2, 8)).float().unbind(-2)
+    return (torch.nn.functional.silu(gate) * up).flatten(-2).to(y.dtype)
+
+
+def in_pairs(gate: Tensor, up: Tensor) -> Tensor:
+    """[2 n, ...]: the rows of two [n, ...] tensors in the order that swiglu() expects."""
+    return torch.stack([gate.unflatten(0, (-1, 8)), up.unflatten(0, (-1, 8))], dim=1).flatten(0, 2)
 
 
 def gated_int8_linear(
     x: Tensor, threshold: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
-    up: Tensor | None, down: Tensor | None,
+    up: Tensor | None, down: Tensor | None, glu: bool = False,
 ) -> Tensor:  # fmt: skip
     """gated_linear for W as numerics.int8.encode gives it: codes [out, in] int8, scale [out] fp32."""
     weight = int8.decode(codes, scale, x.dtype)
-    return gated_linear(x, threshold, weight, bias, up, down)
+    return gated_linear(x, threshold, weight, bias, up, down, glu)
 
 
 def gated_24_linear(
     x: Tensor, threshold: Tensor, values: Tensor, keep: Tensor, index: Tensor | None, bias: Tensor | None,
-    up: Tensor | None, down: Tensor | None, rows: int,
+    up: Tensor | None, down: Tensor | None, rows: int, glu: bool = False,
 ) -> Tensor:  # fmt: skip
     """gated_linear for W [rows, in] as numerics.outputs24.pack gives it."""
     weight = outputs24.unpack(outputs24.Columns(values, keep, index), rows, x.shape[-1])
-    return gated_linear(x, threshold, weight, bias, up, down)
+    return gated_linear(x, threshold, weight, bias, up, down, glu)
 
 
-def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def int8_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, glu: bool = False
+) -> Tensor:
     """W x + b for W as numerics.int8.encode gives it. x: [..., columns]; returns [..., rows]."""
-    return torch.nn.functional.linear(x, int8.decode(codes, scale, x.dtype), bias)
+    y = torch.nn.functional.linear(x, int8.decode(codes, scale, x.dtype), bias)
+    return swiglu(y) if glu else y
 
 
 def outputs24_linear(
@@ -147,25 +171,28 @@ def is_input_major(weight: Tensor) -> bool:
     return weight.stride(0) == 1 and piece % 16 == 0 and weight.data_ptr() % 16 == 0
 
 
-def sparse24_linear(x: Tensor, stream: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+def sparse24_linear(
+    x: Tensor, stream: Tensor, bias: Tensor | None, rows: int, glu: bool = False
+) -> Tensor:
     """W x + b for W as numerics.sparse24.pack lays it out. x: [..., columns]; returns [..., rows]."""
-    weight = sparse24.unpack(stream, rows, x.shape[-1], x.dtype)
-    return torch.nn.functional.linear(x, weight, bias)
+    y = torch.nn.functional.linear(x, sparse24.unpack(stream, rows, x.shape[-1], x.dtype), bias)
+    return swiglu(y) if glu else y
 
 
 def mixed24_linear(
     x: Tensor, stream: Tensor, entries: Tensor, metadata: Tensor, starts: Tensor,
-    bias: Tensor | None, rows: int,
+    bias: Tensor | None, rows: int, glu: bool = False,
 ) -> Tensor:  # fmt: skip
     """W x + b for W as numerics.mixed24.pack lays it out. x: [..., columns]; returns [..., rows]."""
     packed = mixed24.Mixed(stream, entries, metadata, starts)
-    weight = mixed24.unpack(packed, rows, x.shape[-1], x.dtype)
-    return torch.nn.functional.linear(x, weight, bias)
+    y = torch.nn.functional.linear(x, mixed24.unpack(packed, rows, x.shape[-1], x.dtype), bias)
+    return swiglu(y) if glu else y
 
 
 def gap_linear(
     x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
     rows: int, bits: int, parts: int, warps: int, blocks: int, reach: int, spans: list[int],
+    glu: bool = False,
 ) -> Tensor:  # fmt: skip
     """W x + b for W as numerics.gaps.pack lays it out. x: [..., columns]; returns [..., rows].
 
@@ -176,8 +203,8 @@ def gap_linear(
         order[rows:] = -1
     shape = gaps.Shape(bits, parts, warps)
     packed = gaps.Gaps(shape, stream, starts, first, order, blocks, reach, tuple(spans))
-    weight = gaps.unpack(packed, rows, x.shape[-1], x.dtype)
-    return torch.nn.functional.linear(x, weight, bias)
+    y = torch.nn.functional.linear(x, gaps.unpack(packed, rows, x.shape[-1], x.dtype), bias)
+    return swiglu(y) if glu else y
 
 
 def attend(
@@ -219,6 +246,10 @@ def _attend_shape(
     return q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
 
 
+def _like(x: Tensor, rows: int, glu: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], rows // 2 if glu else rows)
+
+
 def _gate_shape(x: Tensor, threshold: Tensor) -> Tensor:
     return torch.empty_like(x)
 
@@ -230,23 +261,29 @@ def _gated_linear_shape(
     bias: Tensor | None,
     up: Tensor | None,
     down: Tensor | None,
+    glu: bool = False,
 ) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+    return _like(x, weight.shape[0], glu)
 
 
-def _int8_shape(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
+def _int8_shape(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, glu: bool = False
+) -> Tensor:
+    return _like(x, codes.shape[0], glu)
 
 
-def _gated_int8_shape(x: Tensor, threshold: Tensor, codes: Tensor, *rest: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
+def _gated_int8_shape(
+    x: Tensor, threshold: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
+    up: Tensor | None, down: Tensor | None, glu: bool = False,
+) -> Tensor:  # fmt: skip
+    return _like(x, codes.shape[0], glu)
 
 
 def _gated_24_shape(
     x: Tensor, threshold: Tensor, values: Tensor, keep: Tensor, index: Tensor | None, bias: Tensor | None,
-    up: Tensor | None, down: Tensor | None, rows: int,
+    up: Tensor | None, down: Tensor | None, rows: int, glu: bool = False,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(*x.shape[:-1], rows)
+    return _like(x, rows, glu)
 
 
 def _outputs24_shape(
@@ -256,22 +293,25 @@ def _outputs24_shape(
     return x.new_empty(*x.shape[:-1], end - begin)
 
 
-def _sparse24_shape(x: Tensor, stream: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    return x.new_empty(*x.shape[:-1], rows)
+def _sparse24_shape(
+    x: Tensor, stream: Tensor, bias: Tensor | None, rows: int, glu: bool = False
+) -> Tensor:
+    return _like(x, rows, glu)
 
 
 def _mixed24_shape(
     x: Tensor, stream: Tensor, entries: Tensor, metadata: Tensor, starts: Tensor,
-    bias: Tensor | None, rows: int,
+    bias: Tensor | None, rows: int, glu: bool = False,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(*x.shape[:-1], rows)
+    return _like(x, rows, glu)
 
 
 def _gap_shape(
     x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
-    rows: int, *shape: int | list[int],
+    rows: int, bits: int, parts: int, warps: int, blocks: int, reach: int, spans: list[int],
+    glu: bool = False,
 ) -> Tensor:  # fmt: skip
-    return x.new_empty(*x.shape[:-1], rows)
+    return _like(x, rows, glu)
 
 
 def _on_cuda(name: str) -> Any:

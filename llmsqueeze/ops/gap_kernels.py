@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llmsqueeze.numerics.gaps import TURNS
-from llmsqueeze.ops import cuda, operands
-from llmsqueeze.ops.operands import half, matrix
+from llmsqueeze.ops import cuda, operands, swiglu
+from llmsqueeze.ops.operands import half, matrix, output
 
 # Tokens of a launch of gaps.cu, and of gaps_tensor.cu.
 FEW, TENSOR = 4, 32
@@ -20,6 +20,7 @@ FEW, TENSOR = 4, 32
 def gap_linear(
     x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
     rows: int, bits: int, parts: int, warps: int, blocks: int, reach: int, spans: list[int],
+    glu: bool = False,
 ) -> Tensor:  # fmt: skip
     x, tokens, columns = matrix(x, 8)
     slices, index = len(first) - 1, x.device.index
@@ -33,15 +34,17 @@ def gap_linear(
             _expand, stream, starts, first, bits, parts, warps, columns, spans
         )
         if 2 * rows * columns <= operands.PANEL:
-            return operands.expanded(x, bias, rows, functools.partial(expand, order))
+            return operands.expanded(x, bias, rows, functools.partial(expand, order), glu)
         # A panel is some of the slices: rows come in their order, and are moved in the result.
         places = slices * (32 // parts)
         if bias is not None:  # added before the result is rounded
             bias = pad(bias, (0, places - rows)) if order is None else bias[order.clamp_min(0)]
         y = operands.expanded(x, bias, places, functools.partial(expand, None))[..., :rows]
-        return y if order is None else torch.empty_like(y).index_copy_(-1, order[:rows].long(), y)
-    y = x.new_empty(*x.shape[:-1], rows)
-    given, found = x.view(tokens, columns), y.view(tokens, rows)
+        if order is not None:
+            y = torch.empty_like(y).index_copy_(-1, order[:rows].long(), y)
+        return swiglu(y) if glu else y
+    y = output(x, rows, glu)
+    given, found = x.view(tokens, columns), y.view(tokens, y.shape[-1])
     weight = stream, starts, None if blocks else first, order
     macros = {"GAP": bits, "PARTS": parts, "HALF": half(x), "PDL": int(cuda.is_hopper(index))}
     if ring:
@@ -49,7 +52,7 @@ def gap_linear(
         more = {"TILES": tiles, "RING": ring.columns, "WARPS": ring.most, "BLOCKS": ring.blocks}
         cuda.launch(
             "gaps_tensor", macros | more, x,
-            (*weight, x, y, bias, rows, columns, tokens, warps, blocks, 0),
+            (*weight, x, y, bias, rows, columns, tokens, warps, blocks, 0, int(glu)),
             grid=(slices, 1), block=32 * ring.warps, shared=ring.shared,
         )  # fmt: skip
         return y
@@ -62,7 +65,8 @@ def gap_linear(
         more = {"TOKENS": next(n for n in (1, 2, 4) if some <= n), "WARPS": 14, "BLOCKS": 2}
         cuda.launch(
             "gaps", macros | more, x,
-            (*weight, given[begin:], found[begin:], bias, rows, columns, _padded(reach), some, blocks),
+            (*weight, given[begin:], found[begin:], bias, rows, columns, _padded(reach), some, blocks,
+             int(glu)),
             grid=(slices, 1), block=32 * warps, shared=_held(some, reach),
         )  # fmt: skip
     return y
@@ -133,7 +137,7 @@ def _expand(
         cuda.launch(
             "gaps_tensor", macros | more, stream,
             (stream, starts, first, order, None, panel, None, len(panel), columns, 0, warps, 0,
-             begin // held),
+             begin // held, 0),
             grid=(slices, 1), block=32 * ring.warps, shared=ring.shared,
         )  # fmt: skip
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,9 @@ from torch.nn.functional import linear, pad
 
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import int8
-from llmsqueeze.ops import attend_fits, cuda, is_input_major, round_down
+from llmsqueeze.ops import attend_fits, cuda, is_input_major, round_down, swiglu
 from llmsqueeze.ops.gap_kernels import gap_linear as gap_linear
-from llmsqueeze.ops.operands import expanded, half, matrix
+from llmsqueeze.ops.operands import expanded, half, matrix, output
 
 # Beyond so many rows of x weights are expanded, and cuBLAS multiplies them.
 SPARSE24_TOKENS = 64
@@ -33,26 +34,30 @@ _WIDE = 8192
 _ALL, _STAGE = 112 * 1024, 48 * 1024
 
 
-def sparse24_linear(x: Tensor, stream: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    return _on_tensor_cores(x, bias, rows, stream.shape[1], (stream, None, None, None))
+def sparse24_linear(
+    x: Tensor, stream: Tensor, bias: Tensor | None, rows: int, glu: bool = False
+) -> Tensor:
+    return _on_tensor_cores(x, bias, rows, stream.shape[1], (stream, None, None, None), glu)
 
 
 def mixed24_linear(
     x: Tensor, stream: Tensor, entries: Tensor, metadata: Tensor, starts: Tensor,
-    bias: Tensor | None, rows: int,
+    bias: Tensor | None, rows: int, glu: bool = False,
 ) -> Tensor:  # fmt: skip
     chunks = -(-x.shape[-1] // 256)
-    return _on_tensor_cores(x, bias, rows, chunks, (stream, entries, metadata, starts))
+    return _on_tensor_cores(x, bias, rows, chunks, (stream, entries, metadata, starts), glu)
 
 
 def _on_tensor_cores(
-    x: Tensor, bias: Tensor | None, rows: int, chunks: int, weight: tuple[Tensor | None, ...]
-) -> Tensor:
+    x: Tensor, bias: Tensor | None, rows: int, chunks: int, weight: tuple[Tensor | None, ...],
+    glu: bool,
+) -> Tensor:  # fmt: skip
     """weight: stream, entries, metadata and starts of sparse24.cu; the last three None if all is 2:4."""
     x, tokens, columns = matrix(x, 8)
     if tokens > SPARSE24_TOKENS:
-        return expanded(x, bias, rows, functools.partial(_expand_sparse24, weight, columns, chunks))
-    y = x.new_empty(*x.shape[:-1], rows)
+        expand = functools.partial(_expand_sparse24, weight, columns, chunks)
+        return expanded(x, bias, rows, expand, glu)
+    y = output(x, rows, glu)
     if not tokens:
         return y
     tiles = next(n for n in (1, 2, 4, 8) if tokens <= 8 * n)
@@ -74,7 +79,7 @@ def _on_tensor_cores(
     }  # fmt: skip
     held = 16 + stages * tokens * (span * 32 + 1) * 16
     cuda.launch(
-        "sparse24", macros, x, (*weight, x, y, bias, rows, columns, tokens, chunks, span),
+        "sparse24", macros, x, (*weight, x, y, bias, rows, columns, tokens, chunks, span, int(glu)),
         grid=(-(-rows // (16 * bands)), 1), block=32 * bands * splits,
         shared=max(held, bands * splits * tokens * 64),
     )  # fmt: skip
@@ -87,44 +92,48 @@ def _mixed(weight: tuple[Tensor | None, ...]) -> int:
 
 def gated_linear(
     x: Tensor, threshold: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor | None,
-    down: Tensor | None,
+    down: Tensor | None, glu: bool = False,
 ) -> Tensor:  # fmt: skip
     """weight: [rows, columns] as a view of an input-major matrix, see input_major."""
     _check_input_major(weight)
-    y = _gated(
-        PLAIN, x, threshold, weight, bias, len(weight), weight.shape[1], weight.stride(1) // 8
-    )
-    return _with_branch(y, x, threshold, up, down)
+    rows, columns = weight.shape
+    stride = weight.stride(1) // 8
+    product = functools.partial(_gated, PLAIN, x, threshold, weight, bias, rows, columns, stride)
+    return _with_branch(product, x, threshold, up, down, glu)
 
 
 def gated_int8_linear(
     x: Tensor, threshold: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
-    up: Tensor | None, down: Tensor | None,
+    up: Tensor | None, down: Tensor | None, glu: bool = False,
 ) -> Tensor:  # fmt: skip
     """codes: [rows, columns] as a view of an input-major matrix, see input_major."""
-    y = _gated_int8(x, threshold, codes, scale, bias)
-    return _with_branch(y, x, threshold, up, down)
+    product = functools.partial(_gated_int8, x, threshold, codes, scale, bias)
+    return _with_branch(product, x, threshold, up, down, glu)
 
 
 def gated_24_linear(
     x: Tensor, threshold: Tensor, values: Tensor, keep: Tensor, index: Tensor | None,
-    bias: Tensor | None, up: Tensor | None, down: Tensor | None, rows: int,
+    bias: Tensor | None, up: Tensor | None, down: Tensor | None, rows: int, glu: bool = False,
 ) -> Tensor:  # fmt: skip
     stored, spans = keep.shape
-    y = _gated(OUTPUTS24, x, threshold, values, bias, rows, stored, spans, meta=keep, index=index)
-    return _with_branch(y, x, threshold, up, down)
+    product = functools.partial(
+        _gated, OUTPUTS24, x, threshold, values, bias, rows, stored, spans, meta=keep, index=index
+    )
+    return _with_branch(product, x, threshold, up, down, glu)
 
 
-def int8_linear(x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def int8_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, glu: bool = False
+) -> Tensor:
     """codes: as gated_int8_linear."""
     x, tokens, _ = matrix(x, 1)
     if tokens <= INT8_TOKENS and is_input_major(codes):
-        return _gated_int8(x, None, codes, scale, bias)
+        return _gated_int8(x, None, codes, scale, bias, glu=glu)
 
     def expand(begin: int, end: int) -> Tensor:
         return int8.decode(codes[begin:end], scale[begin:end], x.dtype)
 
-    return expanded(x, bias, len(codes), expand)
+    return expanded(x, bias, len(codes), expand, glu)
 
 
 def outputs24_linear(
@@ -146,13 +155,13 @@ def outputs24_linear(
 
 
 def _gated_int8(
-    x: Tensor, threshold: Tensor | None, codes: Tensor, scale: Tensor, bias: Tensor | None
-) -> Tensor:
+    x: Tensor, threshold: Tensor | None, codes: Tensor, scale: Tensor, bias: Tensor | None, *,
+    glu: bool,
+) -> Tensor:  # fmt: skip
     _check_input_major(codes)
     rows, columns = codes.shape
-    return _gated(
-        INT8, x, threshold, codes, bias, rows, columns, codes.stride(1) // 16, scale=scale
-    )
+    stride = codes.stride(1) // 16
+    return _gated(INT8, x, threshold, codes, bias, rows, columns, stride, scale=scale, glu=glu)
 
 
 def _check_input_major(weight: Tensor) -> None:
@@ -163,7 +172,7 @@ def _check_input_major(weight: Tensor) -> None:
 def _gated(
     format: int, x: Tensor, threshold: Tensor | None, weight: Tensor, bias: Tensor | None, rows: int,
     columns: int, stride: int, *, scale: Tensor | None = None, meta: Tensor | None = None,
-    index: Tensor | None = None,
+    index: Tensor | None = None, glu: bool,
 ) -> Tensor:  # fmt: skip
     """format, stride and the rest: see gated.cu. columns: stored ones."""
     common, limits = threshold, None
@@ -172,7 +181,7 @@ def _gated(
         if len(limits) % 2:
             limits = pad(limits, (0, 1), value=torch.inf)
     x, tokens, inputs = matrix(x, 2)
-    y = x.new_empty(*x.shape[:-1], rows)
+    y = output(x, rows, glu)
     if not tokens:
         return y
     device = x.device.index
@@ -188,7 +197,8 @@ def _gated(
     }  # fmt: skip
     cuda.launch(
         "gated", macros, x,
-        (weight, x, common, limits, y, bias, scale, meta, index, rows, columns, inputs, stride),
+        (weight, x, common, limits, y, bias, scale, meta, index, rows, columns, inputs, stride,
+         int(glu)),
         grid=(-(-rows // tile) * shape.cluster, tokens), block=32 * warps,
         shared=4 * share + 4 * warps * tile, cluster=shape.cluster,
     )  # fmt: skip
@@ -196,12 +206,14 @@ def _gated(
 
 
 def _with_branch(
-    y: Tensor, x: Tensor, threshold: Tensor, up: Tensor | None, down: Tensor | None
-) -> Tensor:
+    product: Callable[..., Tensor], x: Tensor, threshold: Tensor, up: Tensor | None,
+    down: Tensor | None, glu: bool,
+) -> Tensor:  # fmt: skip
     if up is None or down is None:
-        return y
+        return product(glu=glu)
     dropped = x - torch.ops.llmsqueeze.gate(x, threshold)
-    return y + dropped @ down.t() @ up.t()
+    y = product(glu=False) + dropped @ down.t() @ up.t()
+    return swiglu(y) if glu else y
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from llmsqueeze.errors import EnvironmentFault
+from llmsqueeze.ops import swiglu
 
 # Bytes of weights that are expanded at a time. Panels of 33 MB, to stay in the L2 cache, took 15 to 36 %
 # longer on an H100 than whole matrices, whose products cuBLAS divides better.
@@ -29,12 +30,21 @@ def matrix(x: Tensor, multiple: int) -> tuple[Tensor, int, int]:
     return x, x.numel() // x.shape[-1], x.shape[-1]
 
 
+def output(x: Tensor, rows: int, glu: bool) -> Tensor:
+    """Room for the result of a kernel."""
+    return x.new_empty(*x.shape[:-1], rows // 2 if glu else rows)
+
+
 def half(x: Tensor) -> int:
     return int(x.dtype == torch.float16)
 
 
 def expanded(
-    x: Tensor, bias: Tensor | None, rows: int, expand: Callable[[int, int], Tensor]
+    x: Tensor,
+    bias: Tensor | None,
+    rows: int,
+    expand: Callable[[int, int], Tensor],
+    glu: bool = False,
 ) -> Tensor:
     """x times weights that `expand(begin, end)` makes dense, a panel of rows at a time."""
     y = x.new_empty(*x.shape[:-1], rows)
@@ -48,4 +58,4 @@ def expanded(
             torch.mm(given, weight, out=out)
         else:
             torch.addmm(bias[begin:end], given, weight, out=out)
-    return y
+    return swiglu(y) if glu else y

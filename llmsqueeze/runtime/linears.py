@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
+from llmsqueeze.ops import in_pairs
+from llmsqueeze.runtime import mlp
 from llmsqueeze.runtime.gates import GatedLinear
 from llmsqueeze.runtime.packed import (
     GapLinear,
@@ -35,7 +37,7 @@ LEAST_SPARSITY = 0.4
 # Where both fit: on an H100 int8 was faster at 50 % zeros, but for 4096 × 4096, and gaps at 60 %.
 GAPS_BEAT_INT8 = 0.55
 # Linears that are fed by one tensor, by their names: one product for all.
-FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+FUSED = (("q_proj", "k_proj", "v_proj"), mlp.PAIR)
 
 
 class Fused(nn.Module):  # type: ignore[misc]
@@ -130,8 +132,13 @@ def pack_linears(
     begun = time.perf_counter()
     report = Report()
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    owners = [m for m in model.modules() if any(isinstance(c, nn.Linear) for c in m.children())]
-    for owner in owners:
+    owners = [
+        (name, module)
+        for name, module in model.named_modules()
+        if any(isinstance(child, nn.Linear) for child in module.children())
+    ]
+    for path, owner in owners:
+        product = None
         for names in _groups(owner, head):
             linears = [getattr(owner, name) for name in names]
             weight = torch.cat([linear.weight.to(device) for linear in linears])
@@ -140,9 +147,15 @@ def pack_linears(
             if kind is None:
                 continue
             check(weight.dtype, device)
+            if names == mlp.PAIR and mlp.is_swiglu(owner):
+                product = _pack_pairs(linears, weight, kind, report)
+                continue
             parts = _pack(linears, weight, kind, report)
             for name, part in zip(names, parts, strict=True):
                 setattr(owner, name, part)
+        if product is not None:
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, mlp.PackedMLP(product, owner.down_proj))
     report.seconds = time.perf_counter() - begun
     return report
 
@@ -194,6 +207,29 @@ def _pack(
         return [packed]
     fused = Fused(packed)
     return [FusedPart(fused, start, end, last=end == ends[-1]) for _, start, end in spans]
+
+
+def _pack_pairs(
+    linears: list[nn.Linear],
+    weight: Tensor,
+    kind: type[GatedProduct] | type[PackedLinear],
+    report: Report,
+) -> PackedLinear | GatedProduct:
+    """The product of a gate and an up projection with their activation. weight: of both, gate first."""
+
+    def pairs(parts: list[Tensor]) -> Tensor:
+        return in_pairs(*(part.to(weight.device) for part in parts))
+
+    paired = in_pairs(*weight.chunk(2))
+    bias = None if linears[0].bias is None else pairs([linear.bias for linear in linears])
+    product: PackedLinear | GatedProduct
+    if issubclass(kind, GatedProduct):
+        up = None if linears[0].up is None else pairs([linear.up for linear in linears])
+        product = kind(linears[0].gate.to(weight.device), paired, bias, up, glu=True)
+    else:
+        product = kind(paired, bias, glu=True)
+    report.add(kind.format, len(linears), weight, product)
+    return product
 
 
 def _groups(owner: nn.Module, head: nn.Module | None) -> Iterator[tuple[str, ...]]:

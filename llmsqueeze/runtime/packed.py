@@ -13,12 +13,16 @@ from llmsqueeze.runtime.gates import Gate
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]
-    """y = W x + b for [out_features, in_features] weights that exist only in a kernel's layout."""
+    """y = W x + b for [out_features, in_features] weights that exist only in a kernel's layout.
+
+    glu: rows are ops.in_pairs() of a gate's and an up projection's, and y is ops.swiglu() of the product.
+    """
 
     format: ClassVar[str]
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, glu: bool = False) -> None:
         super().__init__()
+        self.glu = glu
         self.out_features, self.in_features = weight.shape
         self.register_buffer("bias", bias, persistent=False)
         self.register_state_dict_pre_hook(_refuse)
@@ -33,13 +37,13 @@ class Sparse24Linear(PackedLinear):
     format = "2:4"
     stream: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(weight, bias)
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, glu: bool = False) -> None:
+        super().__init__(weight, bias, glu=glu)
         self.register_buffer("stream", sparse24.pack(weight), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.sparse24_linear(
-            x, self.stream, self.bias, self.out_features
+            x, self.stream, self.bias, self.out_features, self.glu
         )
         return y
 
@@ -53,15 +57,16 @@ class Mixed24Linear(PackedLinear):
     metadata: Tensor
     starts: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(weight, bias)
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, glu: bool = False) -> None:
+        super().__init__(weight, bias, glu=glu)
         for name, part in vars(mixed24.pack(weight)).items():
             self.register_buffer(name, part, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.mixed24_linear(
-            x, self.stream, self.entries, self.metadata, self.starts, self.bias, self.out_features
-        )
+            x, self.stream, self.entries, self.metadata, self.starts, self.bias, self.out_features,
+            self.glu,
+        )  # fmt: skip
         return y
 
 
@@ -73,9 +78,9 @@ class GapLinear(PackedLinear):
     starts: Tensor
     first: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(weight, bias)
-        packed = gaps.pack_best(weight, _multiprocessors(weight.device))
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, glu: bool = False) -> None:
+        super().__init__(weight, bias, glu=glu)
+        packed = gaps.pack_best(weight, _multiprocessors(weight.device), 16 if glu else 1)
         self.register_buffer("stream", packed.stream, persistent=False)
         self.register_buffer("starts", packed.starts, persistent=False)
         self.register_buffer("first", packed.first, persistent=False)
@@ -87,7 +92,7 @@ class GapLinear(PackedLinear):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gap_linear(
             x, self.stream, self.starts, self.first, self.order, self.bias, self.out_features,
-            *self.shape,
+            *self.shape, self.glu,
         )  # fmt: skip
         return y
 
@@ -99,14 +104,14 @@ class Int8Linear(PackedLinear):
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__(weight, bias)
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, glu: bool = False) -> None:
+        super().__init__(weight, bias, glu=glu)
         codes, largest = int8.encode(weight)
         self.register_buffer("codes", input_major(codes), persistent=False)
         self.register_buffer("scale", int8.scales(largest), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.llmsqueeze.int8_linear(x, self.codes, self.scale, self.bias)
+        y: Tensor = torch.ops.llmsqueeze.int8_linear(x, self.codes, self.scale, self.bias, self.glu)
         return y
 
 
@@ -114,15 +119,24 @@ class GatedProduct(nn.Module):  # type: ignore[misc]
     """What the linears behind a gate put out, one after another: [rows, columns] weights, all of them.
 
     forward: of tokens that the gate has to itself. rows: of inputs that were gated already, some outputs.
+    glu: as in PackedLinear.
     """
 
     format = "gated"
     weight: Tensor
     limit: Tensor
 
-    def __init__(self, gate: Gate, weight: Tensor, bias: Tensor | None, up: Tensor | None) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        weight: Tensor,
+        bias: Tensor | None,
+        up: Tensor | None,
+        *,
+        glu: bool = False,
+    ) -> None:
         super().__init__()
-        self.gate = gate
+        self.gate, self.glu = gate, glu
         self.out_features, self.in_features = weight.shape
         self.register_buffer("limit", _compact(gate.threshold, weight.dtype), persistent=False)
         self.register_buffer("bias", bias, persistent=False)
@@ -134,7 +148,7 @@ class GatedProduct(nn.Module):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gated_linear(
-            x, self.limit, self.weight, self.bias, self.up, self.gate.down
+            x, self.limit, self.weight, self.bias, self.up, self.gate.down, self.glu
         )
         return y
 
@@ -156,7 +170,7 @@ class GatedInt8Product(GatedProduct):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gated_int8_linear(
-            x, self.limit, self.codes, self.scale, self.bias, self.up, self.gate.down
+            x, self.limit, self.codes, self.scale, self.bias, self.up, self.gate.down, self.glu
         )
         return y
 
@@ -183,7 +197,7 @@ class Gated24Product(GatedProduct):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gated_24_linear(
             x, self.limit, self.values, self.keep, self.index, self.bias, self.up, self.gate.down,
-            self.out_features,
+            self.out_features, self.glu,
         )  # fmt: skip
         return y
 

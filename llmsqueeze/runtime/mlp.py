@@ -1,0 +1,51 @@
+"""MLPs whose gate and up projections are one product, with the activation in it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.activations import SiLUActivation
+from transformers.models.llama.modeling_llama import LlamaMLP
+
+from llmsqueeze.ops import swiglu
+from llmsqueeze.runtime.packed import GatedProduct, PackedLinear
+
+PAIR = "gate_proj", "up_proj"
+
+
+class PackedMLP(nn.Module):  # type: ignore[misc]
+    """down(silu(gate(x)) · up(x)), all but down one product."""
+
+    def __init__(self, product: PackedLinear | GatedProduct, down_proj: nn.Module) -> None:
+        super().__init__()
+        self.product = product
+        self.down_proj = down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down_proj(self._hidden(x))
+        return y
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        product: Any = self.product
+        if isinstance(product, PackedLinear) or product.gate.whole(x):
+            hidden: Tensor = product(x)
+            return hidden
+        kept, side = product.gate.split(x)
+        product.gate.release()
+        both = product.rows(kept, 0, product.out_features, product.bias)
+        return swiglu(both if side is None or product.up is None else both + side @ product.up.t())
+
+
+def is_swiglu(owner: nn.Module) -> bool:
+    """Whether a module computes down(silu(gate(x)) · up(x)), as Llama's MLP and many others do."""
+    code, known = type(owner).forward.__code__, LlamaMLP.forward.__code__
+    names = set(dict(owner.named_children()))
+    return (
+        (code.co_code, code.co_names) == (known.co_code, known.co_names)
+        and names == {*PAIR, "down_proj", "act_fn"}
+        and isinstance(owner.act_fn, (nn.SiLU, SiLUActivation))
+        and owner.gate_proj.out_features == owner.up_proj.out_features
+        and owner.gate_proj.out_features % 8 == 0
+        and not (owner._forward_hooks or owner._forward_pre_hooks)
+    )
