@@ -206,7 +206,7 @@ def test_kernels_find_the_product(
     if rows % 16 == 0:
         paired = (Sparse24Linear if pattern == "2:4" else GapLinear)(weight, bias, glu=True)
         for tokens in (1, 2, 3, 4, 5, 8, 9, 16, 31, 64, 65):
-            x = torch.randn(tokens, columns, device="cuda").to(dtype)
+            x = (torch.randn(tokens, columns, device="cuda") / columns**0.5).to(dtype)
             expected = _swiglu(x.double() @ weight.double().t() + bias.double())
             # Beyond some tokens the products are rounded before they meet.
             assert _off(paired(x), expected) < 2 * ROUNDING[dtype], tokens
@@ -222,8 +222,8 @@ def test_gated_kernels_find_the_product(rows: int, columns: int, dtype: torch.dt
     weight = input_major(torch.randn(rows, columns, device="cuda").to(dtype))
     bias = torch.randn(rows, device="cuda").to(dtype)
     for tokens in (1, 2):
-        x = torch.randn(tokens, columns, device="cuda").to(dtype)
-        threshold = torch.rand(columns, device="cuda") * 1.5
+        x = (torch.randn(tokens, columns, device="cuda") / columns**0.5).to(dtype)
+        threshold = torch.rand(columns, device="cuda") * 1.5 / columns**0.5
         threshold[0], threshold[1] = -1, float("inf")
         kept = x.double() * (x.float().abs() > threshold)
         y = torch.ops.llmsqueeze.gated_linear(x, threshold, weight, bias, None, None)
@@ -262,10 +262,10 @@ def test_kernels_behind_gates_read_packed_weights(
     codes, largest = int8.encode(weight)
     codes, scale = input_major(codes), int8.scales(largest)
     exact = codes.double() * scale.double()[:, None]
-    each, paired = torch.rand(columns, device="cuda") * 1.5, rows % 16 == 0
+    each, paired = torch.rand(columns, device="cuda") * 1.5 / columns**0.5, rows % 16 == 0
     for threshold in (each, round_down(each, dtype), each[:1]):
         for tokens in (1, 2):
-            x = torch.randn(tokens, columns, device="cuda").to(dtype)
+            x = (torch.randn(tokens, columns, device="cuda") / columns**0.5).to(dtype)
             kept = x.double() * (x.float().abs() > threshold)
             y = operators.gated_int8_linear(x, threshold, codes, scale, bias, None, None)
             expected = kept @ exact.t() + bias.double()
@@ -319,7 +319,7 @@ def test_the_kernel_for_tiles_computes_the_same(
         pruned[:16, 128:256] = 0
         fields = vars(mixed24.pack(pruned)).values()
         for tokens in (1, 2, 4, 5, 8, 16, 33, 64):
-            x = torch.randn(tokens, columns, device="cuda").to(dtype)
+            x = (torch.randn(tokens, columns, device="cuda") / columns**0.5).to(dtype)
             y = torch.ops.llmsqueeze.mixed24_linear(x, *fields, bias, rows)
             expected = x.double() @ pruned.double().t() + bias.double()
             assert _off(y, expected) < ROUNDING[dtype], tokens
