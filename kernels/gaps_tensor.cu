@@ -9,7 +9,7 @@
 //
 // Macros: GAP bits a gap; PARTS lanes share a row; TILES of 8 tokens, or 0: y is [rows, columns], where rows go
 // as `order` says, or one after another; RING columns, a power of two; WARPS at most; BLOCKS that fit a multiprocessor.
-// Sums are fp32, in an order that depends on the shapes alone.
+// Sums are fp32, in an order that depends on the weights and the launch alone.
 
 #define QUADS (GAP == 3 ? 6 : 5)
 #define PER_WORD (GAP == 3 ? 10 : 8)

@@ -160,6 +160,9 @@ def _pattern(name: str, rows: int, columns: int, dtype: torch.dtype) -> torch.Te
     if name == "2:4":
         order = torch.rand(rows, columns // 4, 4, device="cuda").argsort(-1)
         keep = (order < 2).flatten(1)
+    elif name == "tail":  # zeros at the end of every row
+        keep = torch.rand(rows, columns, device="cuda") > 0.5
+        keep[:, columns // 2 :] = False
     elif name == "ragged":  # as SparseGPT leaves them: rows of every length
         keep = torch.rand(rows, columns, device="cuda") > torch.rand(rows, 1, device="cuda")
     else:
@@ -183,10 +186,10 @@ ROUNDING = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
-@pytest.mark.parametrize("pattern", ["2:4", "0.5", "0.7", "ragged"])
+@pytest.mark.parametrize("pattern", ["2:4", "0.5", "0.7", "ragged", "tail"])
 @pytest.mark.parametrize(
     ("rows", "columns"),
-    [(16, 256), (40, 260), (576, 1536), (192, 576), (9000, 512), (256, 14336)],
+    [(16, 256), (40, 260), (576, 1536), (192, 576), (9000, 512), (256, 14336), (4304, 4096)],
 )
 def test_kernels_find_the_product(
     pattern: str, rows: int, columns: int, dtype: torch.dtype

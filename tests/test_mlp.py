@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -135,6 +136,14 @@ def with_another_part(block: nn.Module) -> None:
     block.norm = nn.Identity()
 
 
+def with_a_forward_of_its_own(block: nn.Module) -> None:
+    block.forward = type(block).forward.__get__(block)
+
+
+def with_a_hooked_activation(block: nn.Module) -> None:
+    block.act_fn.register_forward_hook(lambda *given: None)
+
+
 def with_a_subclass(block: nn.Module) -> None:
     class Doubled(type(block)):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
@@ -143,7 +152,10 @@ def with_a_subclass(block: nn.Module) -> None:
     block.__class__ = Doubled
 
 
-@pytest.mark.parametrize("change", [with_hook, with_gelu, with_another_part, with_a_subclass])
+@pytest.mark.parametrize("change",
+    [with_hook, with_gelu, with_another_part, with_a_subclass, with_a_forward_of_its_own,
+     with_a_hooked_activation],
+)  # fmt: skip
 def test_another_mlp_is_left_alone(change: Callable[[nn.Module], None]) -> None:
     model = pruned_model("2:4")
     for layer in model.model.layers:
@@ -154,6 +166,33 @@ def test_another_mlp_is_left_alone(change: Callable[[nn.Module], None]) -> None:
     pack_linears(model, CPU)
     assert not any(isinstance(m, mlp.PackedMLP) for m in model.modules())
     assert float((logits(model) - expected).norm() / expected.norm()) < 0.01
+
+
+def test_tiles_and_unequal_halves_are_not_paired() -> None:
+    for pattern in ("tiles", "unequal"):
+        model = pruned_model("tiles" if pattern == "tiles" else "50 %")
+        if pattern == "unequal":
+            for layer in model.model.layers:
+                layer.mlp.up_proj.weight.data[:, ::3] = 0
+        expected = logits(model)
+        pack_linears(model, CPU)
+        assert not any(isinstance(m, mlp.PackedMLP) for m in model.modules())
+        assert float((logits(model) - expected).norm() / expected.norm()) < 0.01
+
+
+def test_dense_weights_go_as_packed_ones_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = pruned_model("2:4")
+    seen = [weakref.ref(layer.mlp.gate_proj.weight) for layer in model.model.layers]
+    alive: list[int] = []
+    pack = sparse24.pack
+
+    def noting(weight: Tensor) -> Tensor:
+        alive.append(sum(ref() is not None for ref in seen))
+        return pack(weight)
+
+    monkeypatch.setattr(sparse24, "pack", noting)
+    pack_linears(model, CPU)
+    assert alive[-1] == 0 and len(set(alive)) == len(seen) + 1
 
 
 def test_pairs_stay_together_among_rows_of_every_length() -> None:

@@ -4,7 +4,8 @@ A gap counts the zeros before a non-zero, in 3 or 4 bits; a longer one is bridge
 is divided into as many parts of equal length as lanes work on it; a part is whole blocks of 40 (3 bits) or
 32 (4 bits) entries: values of 16 bits, then the gaps in words of 32 bits. A warp's lanes have rows in turn,
 and where lanes share rows, upper lanes the parts behind those of lower ones in all warps: so blocks of one
-warp after another go once through the columns of every lane.
+warp after another go once through the columns of every lane. Rows with fewer entries than others get zeros
+between their non-zeros too, so that all lanes of a warp are about where the others are.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ LEAST_WARPS, MOST_WARPS = 10, 14
 TURNS = tuple(range(2, 17))
 # Columns that it multiplies at a time.
 UNIT = 32
-# Rows of a matrix that are packed at a time: the work needs some 50 bytes a weight.
-PANEL = 4096
+# Rows of a matrix that are packed at a time: the work needs some 60 bytes a weight.
+PANEL = 2048
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def pack_best(weight: Tensor, multiprocessors: int = 132, together: int = 1) -> 
 
 def entries(weight: Tensor, bits: int) -> Tensor:
     """[rows] int64: entries of every row, bridging zeros included."""
-    found = [_columns(weight[i : i + PANEL], bits)[3] for i in range(0, len(weight), PANEL)]
+    found = [_columns(weight[i : i + PANEL] != 0, bits)[3] for i in range(0, len(weight), PANEL)]
     return torch.cat(found) if found else torch.zeros(0, dtype=torch.int64)
 
 
@@ -196,19 +197,37 @@ def _runs(need: Tensor, most: int) -> Iterator[tuple[int, int]]:
             begin = end
 
 
-def _columns(weight: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of every non-zero its row, gap and entry within the row; entries of every row."""
-    rows, columns = (weight != 0).nonzero(as_tuple=True)
+def _columns(taken: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of every entry its row, gap and number within the row; entries of every row. taken: where they are."""
+    rows, columns = taken.nonzero(as_tuple=True)
     gap = columns.clone()
     same = rows[1:] == rows[:-1]
     gap[1:] -= torch.where(same, columns[:-1] + 1, 0)
-    # A non-zero and the zeros that bridge the way to it.
+    # An entry and the zeros that bridge the way to it.
     steps = (gap >> bits) + 1
     total = steps.cumsum(0)
-    lengths = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
+    lengths = torch.zeros(len(taken), dtype=torch.int64, device=taken.device)
     lengths.index_add_(0, rows, steps)
     begin = lengths.cumsum(0) - lengths
     return rows, gap, total - 1 - begin[rows], lengths
+
+
+def _filled(nonzero: Tensor, spare: Tensor) -> Tensor:
+    """Where entries are when zeros among a row's non-zeros become entries too. spare: [rows], of how many.
+
+    As many as belong before the last non-zero when they are spread over all of the row's zeros. None of them
+    lengthens a row by more than one: what bridges a gap gets less.
+    """
+    columns = nonzero.shape[1]
+    number = torch.arange(1, columns + 1, device=nonzero.device)
+    length = (nonzero * number).amax(1)  # up to the last non-zero
+    count = nonzero.sum(1)
+    inside = length - count
+    fill = (spare * inside // (columns - count).clamp_min(1)).minimum(inside)[:, None]
+    rank = (~nonzero).cumsum(1)  # of a zero, from 1 on
+    inside = inside.clamp_min(1)[:, None]
+    chosen = rank * fill // inside != (rank - 1) * fill // inside
+    return nonzero | chosen & (number <= length[:, None])
 
 
 def _pack_slices(
@@ -217,15 +236,24 @@ def _pack_slices(
     """Stream, starts, the columns that lanes reach, and spans, of slices of equally many blocks."""
     columns, device = weight.shape[1], weight.device
     part = weight[order.clamp_min(0)] * (order >= 0)[:, None]
-    rows, gap, entry, lengths = _columns(part, shape.bits)
-    turns = shape.warps * blocks
+    turns, most = shape.warps * blocks, (1 << shape.bits) - 1
     total = shape.parts * turns * shape.block
-    # What bridges a gap steps over as much as fits; behind the last non-zero, steps are short.
-    index = torch.arange(total, device=device)
-    gaps = torch.where(index[None] < lengths[:, None], (1 << shape.bits) - 1, 0)
-    gaps[rows, entry] = gap & (1 << shape.bits) - 1
+    taken = part != 0
+    rows, gap, entry, lengths = _columns(taken, shape.bits)
+    spare = total - lengths
+    if int(spare.max()) > 4 * shape.block:
+        taken = _filled(taken, spare)
+        rows, gap, entry, lengths = _columns(taken, shape.bits)
+    # What bridges a gap steps over as much as fits; what is left behind the last goes evenly to the end.
+    index = torch.arange(total, device=device)[None]
+    ends = (taken * torch.arange(1, columns + 1, device=device)).amax(1, keepdim=True)
+    behind = index - lengths[:, None]
+    rest, left = columns - ends, (total - lengths).clamp_min(1)[:, None]
+    even = (behind + 1) * rest // left - behind * rest // left - 1
+    gaps = torch.where(behind < 0, most, even.clamp(0, most))
+    gaps[rows, entry] = gap & most
     values = torch.zeros(len(part), total, dtype=weight.dtype, device=device)
-    values[rows, entry] = part[part != 0]
+    values[rows, entry] = part[taken]
     steps = (gaps + 1).view(len(part), -1, shape.block).sum(-1)
     # What begins beyond the last column has no non-zero: it may begin right behind it. Else the short rows of
     # a slice would reach far, and so would what is held of x.
@@ -235,7 +263,11 @@ def _pack_slices(
     # [slice, turn, half of the lanes, row]
     split = (-1, shape.rows, shape.parts, turns)
     starts, steps = (t.view(split).permute(0, 3, 2, 1) for t in (starts, steps))
-    spans = [_span(starts, starts + steps, count) for count in TURNS]
+    ends = starts + steps
+    # All columns are multiplied in the end, whole units at a time.
+    ends[:, -1, -1].clamp_min_(columns)
+    ends[:, -1] += -ends[:, -1] % UNIT
+    spans = [_span(starts, ends, count) for count in TURNS]
     per_word = shape.block // 4
     shifts = shape.bits * torch.arange(per_word, device=device)
     words = (gaps.view(len(part), -1, 4, per_word) << shifts).sum(-1)

@@ -102,12 +102,13 @@ def gated_linear(
 
 
 def swiglu(y: Tensor) -> Tensor:
-    """[..., 2 n] → [..., n]: silu(gate) · up, in fp32, of 8 gates, then 8 ups, then 8 gates, ….
+    """[..., 2 n] → [..., n]: silu(gate) · up, of 8 gates, then 8 ups, then 8 gates, ….
 
-    n: divisible by 8. The order lets a kernel find the two that belong together beside one another.
+    n: divisible by 8. The order lets a kernel find the two that belong together beside one another, before
+    they are rounded.
     """
-    gate, up = y.unflatten(-1, (-1, 2, 8)).float().unbind(-2)
-    return (torch.nn.functional.silu(gate) * up).flatten(-2).to(y.dtype)
+    gate, up = y.unflatten(-1, (-1, 2, 8)).unbind(-2)
+    return (torch.nn.functional.silu(gate) * up).flatten(-2)
 
 
 def in_pairs(gate: Tensor, up: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from llmsqueeze.numerics.gaps import TURNS
 from llmsqueeze.ops import cuda, operands, swiglu
@@ -33,15 +32,14 @@ def gap_linear(
         expand = functools.partial(
             _expand, stream, starts, first, bits, parts, warps, columns, spans
         )
-        if 2 * rows * columns <= operands.PANEL:
+        if order is None or rows <= operands.panel_rows(columns):
             return operands.expanded(x, bias, rows, functools.partial(expand, order), glu)
         # A panel is some of the slices: rows come in their order, and are moved in the result.
         places = slices * (32 // parts)
         if bias is not None:  # added before the result is rounded
-            bias = pad(bias, (0, places - rows)) if order is None else bias[order.clamp_min(0)]
+            bias = bias[order.clamp_min(0)]
         y = operands.expanded(x, bias, places, functools.partial(expand, None))[..., :rows]
-        if order is not None:
-            y = torch.empty_like(y).index_copy_(-1, order[:rows].long(), y)
+        y = torch.empty_like(y).index_copy_(-1, order[:rows].long(), y)
         return swiglu(y) if glu else y
     y = output(x, rows, glu)
     given, found = x.view(tokens, columns), y.view(tokens, y.shape[-1])
@@ -117,7 +115,8 @@ def choose_ring(spans: list[int], turns: int, slices: int, tokens: int, index: i
         return None
     asked = 64 * 1024
     if each < 3:  # no more at once than each gets, or others get fewer
-        asked = max(asked, shared // (each + 1) + 1024)
+        # A multiprocessor has 5 KB more than most_shared(), and keeps 1 KB for each block.
+        asked = max(asked, (shared + 5120) // (each + 1))
     return Ring(1024, small, 8, min(3 if tokens <= 8 else 2, shared // (64 * 1024)), asked)
 
 

@@ -39,6 +39,12 @@ def half(x: Tensor) -> int:
     return int(x.dtype == torch.float16)
 
 
+def panel_rows(columns: int) -> int:
+    """Of a panel: whole slices of every layout."""
+    return max(32, PANEL // (2 * columns) // 32 * 32)
+
+
+@torch.no_grad()
 def expanded(
     x: Tensor,
     bias: Tensor | None,
@@ -49,7 +55,7 @@ def expanded(
     """x times weights that `expand(begin, end)` makes dense, a panel of rows at a time."""
     y = x.new_empty(*x.shape[:-1], rows)
     given, found = x.view(-1, x.shape[-1]), y.view(-1, rows)
-    panel = max(32, PANEL // (2 * x.shape[-1]) // 32 * 32)
+    panel = panel_rows(x.shape[-1])
     for begin in range(0, rows, panel):
         end = min(begin + panel, rows)
         weight, out = expand(begin, end).view(x.dtype).t(), found[:, begin:end]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import torch
 
@@ -41,16 +40,16 @@ def all_variants(arch: str, dtype: torch.dtype) -> list[cuda.Variant]:
                 x = torch.zeros(tokens, 256, dtype=dtype)
                 kernels.sparse24_linear(x, stream, None, rows)
                 kernels.mixed24_linear(x, stream, stream, stream, stream, None, rows)
-        for bits in (3, 4):
-            for parts in (1, 2):
-                packed = gaps.pack(torch.zeros(32, 64, dtype=dtype), gaps.Shape(bits, parts, 1))
-                # Rounds that the small ring holds, only the large one, and none.
-                for tokens, span in itertools.product(_TOKENS, (0, 2048, 4096)):
-                    packed = replace(packed, spans=(span,) * len(packed.spans))
-                    kernels.gap_linear(
-                        torch.zeros(tokens, 64, dtype=dtype), packed.stream, packed.starts,
-                        packed.first, None, None, 32, *packed.arguments(),
-                    )  # fmt: skip
+        for bits, parts, tokens in itertools.product((3, 4), (1, 2), _TOKENS):
+            x = torch.zeros(tokens, 64, dtype=dtype)
+            # The small ring with few rows and many, the large one, and none.
+            for slices, span in ((4, 0), (4000, 0), (4, 2048), (4, 4096)):
+                first = torch.zeros(slices + 1, dtype=torch.int32)
+                starts = torch.zeros(slices, dtype=torch.int16).expand(40 * slices, -1)
+                kernels.gap_linear(
+                    x, starts, starts, first, None, None, 16, bits, parts, 10, 4, 64,
+                    [span] * len(gaps.TURNS),
+                )  # fmt: skip
         for rows, columns in _GATED:
             x, threshold = torch.zeros(1, columns, dtype=dtype), torch.zeros(1)
             # Only strides and shapes count.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,14 +141,19 @@ def pack_linears(
         product = None
         for names in _groups(owner, head):
             linears = [getattr(owner, name) for name in names]
-            weight = torch.cat([linear.weight.to(device) for linear in linears])
-            gated = isinstance(linears[0], GatedLinear)
-            kind = _gated_kind(weight) if gated else _packed_kind(weight)
+            pairs = bool(path) and names == mlp.PAIR and mlp.is_swiglu(owner) and _alike(linears)
+            weight, kind = _weight(linears, device, pairs)
+            if pairs and kind in (None, Mixed24Linear):
+                # Rows of both in turns would mix the tiles of one with those of the other.
+                pairs = False
+                weight, kind = _weight(linears, device, pairs)
             if kind is None:
                 continue
             check(weight.dtype, device)
-            if names == mlp.PAIR and mlp.is_swiglu(owner):
+            if pairs:
                 product = _pack_pairs(linears, weight, kind, report)
+                for name in names:  # the weights can go
+                    delattr(owner, name)
                 continue
             parts = _pack(linears, weight, kind, report)
             for name, part in zip(names, parts, strict=True):
@@ -158,6 +163,22 @@ def pack_linears(
             setattr(model.get_submodule(parent), leaf, mlp.PackedMLP(product, owner.down_proj))
     report.seconds = time.perf_counter() - begun
     return report
+
+
+def _weight(
+    linears: list[nn.Linear], device: torch.device, pairs: bool
+) -> tuple[Tensor, type[GatedProduct] | type[PackedLinear] | None]:
+    """The weight of all of them, on the device, and the module for it. pairs: see ops.in_pairs."""
+    weights = [linear.weight.to(device) for linear in linears]
+    weight = in_pairs(*weights) if pairs else torch.cat(weights)
+    gated = isinstance(linears[0], GatedLinear)
+    return weight, _gated_kind(weight) if gated else _packed_kind(weight)
+
+
+def _alike(linears: list[nn.Linear]) -> bool:
+    """Whether two linears have about as many zeros: rows in turns take the place of the fuller one."""
+    counts = sorted(int(linear.weight.count_nonzero()) for linear in linears)
+    return counts[-1] <= 1.05 * counts[0]
 
 
 def _packed_kind(weight: Tensor) -> type[PackedLinear] | None:
@@ -215,38 +236,36 @@ def _pack_pairs(
     kind: type[GatedProduct] | type[PackedLinear],
     report: Report,
 ) -> PackedLinear | GatedProduct:
-    """The product of a gate and an up projection with their activation. weight: of both, gate first."""
+    """The product of a gate and an up projection with their activation. weight: of both, in pairs."""
 
     def pairs(parts: list[Tensor]) -> Tensor:
         return in_pairs(*(part.to(weight.device) for part in parts))
 
-    paired = in_pairs(*weight.chunk(2))
     bias = None if linears[0].bias is None else pairs([linear.bias for linear in linears])
     product: PackedLinear | GatedProduct
     if issubclass(kind, GatedProduct):
         up = None if linears[0].up is None else pairs([linear.up for linear in linears])
-        product = kind(linears[0].gate.to(weight.device), paired, bias, up, glu=True)
+        product = kind(linears[0].gate.to(weight.device), weight, bias, up, glu=True)
     else:
-        product = kind(paired, bias, glu=True)
+        product = kind(weight, bias, glu=True)
     report.add(kind.format, len(linears), weight, product)
     return product
 
 
-def _groups(owner: nn.Module, head: nn.Module | None) -> Iterator[tuple[str, ...]]:
-    """Names of linears in a module that become one, or stand alone."""
-    found = {
-        name: child
+def _groups(owner: nn.Module, head: nn.Module | None) -> list[tuple[str, ...]]:
+    """Names of linears in a module that become one, or stand alone. Holds none of them."""
+    kinds = {
+        name: _kind(child)
         for name, child in owner.named_children()
         if type(child) in (nn.Linear, GatedLinear) and child is not head
     }
-    for names in FUSED:
-        members = [found[name] for name in names if name in found]
-        if len(members) == len(names) and len({_kind(member) for member in members}) == 1:
-            yield names
-            for name in names:
-                del found[name]
-    for name in found:
-        yield (name,)
+    fused = [
+        names
+        for names in FUSED
+        if all(name in kinds for name in names) and len({kinds[name] for name in names}) == 1
+    ]
+    taken = set(itertools.chain.from_iterable(fused))
+    return fused + [(name,) for name in kinds if name not in taken]
 
 
 def _kind(linear: nn.Linear) -> tuple[Any, ...]:

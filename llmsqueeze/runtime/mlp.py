@@ -47,5 +47,6 @@ def is_swiglu(owner: nn.Module) -> bool:
         and isinstance(owner.act_fn, (nn.SiLU, SiLUActivation))
         and owner.gate_proj.out_features == owner.up_proj.out_features
         and owner.gate_proj.out_features % 8 == 0
-        and not (owner._forward_hooks or owner._forward_pre_hooks)
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in (owner, owner.act_fn))
+        and "forward" not in vars(owner)
     )

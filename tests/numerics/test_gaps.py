@@ -138,10 +138,18 @@ def ring_walk(packed: gaps.Gaps, x: Tensor, rows: int, turns: int) -> Tensor:
             for half in range(shape.parts):
                 lanes = range(half * shape.rows, (half + 1) * shape.rows)
                 # Whole units that every lane of the half has passed.
-                upcoming = starts[end, list(lanes)].min() if end < first[index + 1] else 1 << 20
+                last = end == first[index + 1]
+                upcoming = 1 << 20 if last else int(starts[end, list(lanes)].min())
+                if last:  # up to the end, or to where the upper lanes began
+                    whole = (
+                        len(x)
+                        if half == shape.parts - 1
+                        else int(starts[first[index], shape.rows :].max())
+                    )
+                    assert -(-whole // gaps.UNIT) * gaps.UNIT - int(done[lanes[0]]) <= span
                 for lane in lanes:
                     row = int(packed.order[index * shape.rows + lane % shape.rows])
-                    done[lane] = int(upcoming) // gaps.UNIT * gaps.UNIT
+                    done[lane] = upcoming // gaps.UNIT * gaps.UNIT
                     for place in [
                         k for k, (c, _) in ring.items() if k[0] == lane and c < done[lane]
                     ]:
@@ -151,14 +159,37 @@ def ring_walk(packed: gaps.Gaps, x: Tensor, rows: int, turns: int) -> Tensor:
 
 
 @pytest.mark.parametrize(("bits", "parts"), [(3, 1), (3, 2), (4, 1), (4, 2)])
-@pytest.mark.parametrize("even", [False, True])
-def test_rounds_stay_within_their_span(bits: int, parts: int, even: bool) -> None:
-    weight = sparse(40, 900, 0.5 if even else torch.linspace(0.02, 0.8, 40)[:, None])
+@pytest.mark.parametrize("kind", ["even", "uneven", "ends in zeros"])
+def test_rounds_stay_within_their_span(bits: int, parts: int, kind: str) -> None:
+    weight = sparse(40, 900, torch.linspace(0.02, 0.8, 40)[:, None] if kind == "uneven" else 0.5)
+    if kind == "ends in zeros":
+        weight[:, 500:] = 0
     x = torch.randn(900, generator=torch.Generator().manual_seed(3)).double()
     packed = gaps.pack(weight, gaps.Shape(bits, parts, 2))
     for turns in (2, 3, 8):
         y = ring_walk(packed, x, 40, turns)
         assert torch.allclose(y, weight.double() @ x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("odd", ["absent", "zero", "of many densities", "of columns of its own"])
+def test_an_odd_row_goes_along_with_its_slice(parts: int, odd: str) -> None:
+    shape = gaps.Shape(3, parts, 6)
+    weight = sparse(64, 3000, 0.5)
+    even = gaps.pack(weight, shape).spans
+    if odd == "absent":
+        weight = weight[:63]
+    elif odd == "zero":
+        weight[3] = 0
+    elif odd == "of many densities":
+        weight = sparse(64, 3000, torch.linspace(0.3, 0.6, 64)[:, None])
+    else:
+        weight[4, 1000:] = 0
+    packed = gaps.pack(weight, shape)
+    assert torch.equal(gaps.unpack(packed, len(weight), 3000, BF16), weight)
+    wider = [found - span for found, span in zip(packed.spans, even, strict=True)]
+    # Without zeros among its non-zeros a row of half as many would be 1500 columns ahead of the others.
+    assert max(wider) <= {"absent": 32, "zero": 32}.get(odd, 400)
 
 
 def test_long_gaps_are_bridged() -> None:
