@@ -199,8 +199,8 @@ def calibration_options(
 def backend_option(body: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--backend", type=click.Choice(["kernels", "reference"]),
-        help="How compressed weights are computed with: as they are, by CUDA kernels, or made dense."
-        "  [default: kernels on a GPU in 16 bits, else reference]",
+        help="How compressed weights are computed with: as they are, by kernels, or made dense."
+        "  [default: kernels on a GPU in 16 bits, and on a CPU to decode; else reference]",
     )(body)  # fmt: skip
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from llmsqueeze import ops
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import gaps, int8, masks, mixed24, outputs24, sparse24
-from llmsqueeze.ops import cuda
+from llmsqueeze.numerics.packing import pack_bitmask
+from llmsqueeze.ops import cpu, cuda
 
 PACKAGES = (
     "torch",
@@ -82,6 +83,11 @@ def _why_not(major: int) -> str | None:
     return None
 
 
+def cpu_kernels() -> str | None:
+    """Instructions that kernels for the CPU use here; None if they were not built."""
+    return cpu.instructions()
+
+
 def cached_kernels() -> tuple[Path, int]:
     """The folder of compiled kernels, and how many it has."""
     folder = cuda.cubin_folder()
@@ -130,6 +136,10 @@ def _linears(device: torch.device, generator: torch.Generator) -> list[Case]:
 
         return expect
 
+    mask = pack_bitmask(loose.cpu())
+    cpu_only: list[Case] = [
+        ("bitmask_linear", lambda x: library.bitmask_linear(x, *mask, None), of(loose), (1, 16, 64)),
+    ]  # fmt: skip
     three, out = (None, None, None), (columns.values, columns.keep, columns.index)
     return [
         ("sparse24_linear", lambda x: library.sparse24_linear(x, stream, None, _ROWS), of(halved),
@@ -147,6 +157,7 @@ def _linears(device: torch.device, generator: torch.Generator) -> list[Case]:
          of(along, True), (1, 2)),
         ("outputs24_linear", lambda x: library.outputs24_linear(x, *out, None, 0, _ROWS), of(along),
          (64,)),
+        *(cpu_only if device.type == "cpu" else []),
     ]  # fmt: skip
 
 

@@ -60,6 +60,7 @@ def doctor(console: Console, warm: bool, arch: str | None) -> None:
     document: dict[str, Any] = {
         "versions": library.versions(),
         "gpus": found,
+        "cpu_kernels": library.cpu_kernels(),
         "kernels": {"folder": str(folder), "compiled": cached, "warmed": count, "arch": arch},
         "checks": [
             {"operator": c.operator, "device": c.device, "error": c.error, "seconds": c.seconds}
@@ -73,7 +74,10 @@ def doctor(console: Console, warm: bool, arch: str | None) -> None:
             f"{gpu['compute_capability']}, {size(int(str(gpu['memory_bytes'])))}, kernels: {why or 'yes'}"
         )
     if not found:
-        rows["GPU"] = "none visible to torch: compressed weights are made dense"
+        rows["GPU"] = "none visible to torch"
+    rows["kernels for the CPU"] = document["cpu_kernels"] or (
+        "not built, no C++ compiler was there: compressed weights are made dense"
+    )
     rows["compiled kernels"] = f"{cached} in {folder}" + (f", {count} for {arch}" if count else "")
     for check in checks:
         rows[f"{check.operator}, {check.device}"] = f"right, off by {check.error:.1e}"

@@ -149,6 +149,7 @@ def evaluate(
     )
     from llmsqueeze.device import choose_backend, choose_device, evaluation_dtype
     from llmsqueeze.evaluate import perplexity
+    from llmsqueeze.ops import cpu
     from llmsqueeze.passkey import make_prompts, retrieve
     from llmsqueeze.plan import check_vocabulary, window_length
     from llmsqueeze.runtime import load
@@ -172,7 +173,8 @@ def evaluate(
         raise RecipeError(f"{against} and {checkpoint} have different vocabularies")
     precision = evaluation_dtype(dtype, opened.dtype, where)
     length = window_length(opened, seqlen)
-    backend = choose_backend(backend, where, precision)
+    built = cpu.library() is not None
+    backend = choose_backend(backend, where, precision, built=built, decoding=False)
 
     def cut(source: Checkpoint) -> Windows:
         tokenizer = load_tokenizer(source.path)

@@ -59,6 +59,7 @@ def run(
 
     from llmsqueeze.data import load_tokenizer
     from llmsqueeze.device import choose_backend, choose_device, evaluation_dtype
+    from llmsqueeze.ops import cpu
     from llmsqueeze.runtime import load
 
     where = choose_device(device)
@@ -71,7 +72,8 @@ def run(
             f"{len(ids)} tokens of prompt and --tokens {tokens} are more than the {room} of {name}"
         )
     precision = evaluation_dtype(dtype, opened.dtype, where)
-    backend = choose_backend(backend, where, precision)
+    built = cpu.library() is not None
+    backend = choose_backend(backend, where, precision, built=built, decoding=True)
     model = load(opened, precision, where, kernels=backend == "kernels")
     ends = _ends(model, tokenizer)
     found: list[int] = []

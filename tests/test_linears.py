@@ -16,7 +16,7 @@ from llmsqueeze.bench_model import operator_error
 from llmsqueeze.errors import EnvironmentFault, RecipeError
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
 from llmsqueeze.numerics.masks import keep_nm_out, keep_tiles
-from llmsqueeze.ops import gated_linear, input_major, is_input_major
+from llmsqueeze.ops import cpu, gated_linear, input_major, is_input_major
 from llmsqueeze.runtime.gates import GateParts, gating_of, install, remove
 from llmsqueeze.runtime.generate import Decoder
 from llmsqueeze.runtime.linears import (
@@ -294,9 +294,12 @@ def test_a_converted_model_is_not_saved(tmp_path: Path) -> None:
         model.save_pretrained(tmp_path / "out")
 
 
-def test_what_kernels_need() -> None:
-    with pytest.raises(EnvironmentFault, match="--device cuda"):
+def test_what_kernels_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    with pytest.raises(EnvironmentFault, match="no C\\+\\+ compiler"):
         use_kernels(pruned_model("2:4"))
+    with pytest.raises(EnvironmentFault, match="--device cuda"):
+        _check(torch.float32, torch.device("meta"))
     with pytest.raises(EnvironmentFault, match="--dtype bfloat16"):
         _check(torch.float32, torch.device("cuda"))
     # A model with nothing to compress asks for nothing.

@@ -92,7 +92,10 @@ def test_the_prompt_can_be_piped_in(cli: Cli, tiny: Tiny, monkeypatch: pytest.Mo
     assert cli("run", tiny(), *options).stdout == given
 
 
-def test_the_backend_can_be_chosen(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
+def test_the_backend_can_be_chosen(
+    cli: Cli, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmsqueeze.ops.cpu.library", lambda: None)
     out = tmp_path / "out"
     made = cli("prune", tiny(), "-o", out, "--method", "magnitude", "--sparsity", 0.5, "-q")
     assert made.exit_code == 0, made.stderr

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
+from llmsqueeze.numerics.packing import unpack_bitmask
 
 _LIBRARY = torch.library.Library("llmsqueeze", "DEF")
 _LIBRARY.define("gate(Tensor x, Tensor threshold) -> Tensor")
@@ -41,6 +42,9 @@ _LIBRARY.define(
     "gap_linear(Tensor x, Tensor stream, Tensor starts, Tensor first, Tensor? order, Tensor? bias,"
     " int rows, int bits, int parts, int warps, int blocks, int reach, int[] spans,"
     " bool glu=False) -> Tensor"
+)
+_LIBRARY.define(
+    "bitmask_linear(Tensor x, Tensor values, Tensor mask, Tensor row_offsets, Tensor? bias) -> Tensor"
 )
 _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor counters, float scale) -> Tensor"
@@ -208,6 +212,17 @@ def gap_linear(
     return swiglu(y) if glu else y
 
 
+def bitmask_linear(
+    x: Tensor, values: Tensor, mask: Tensor, row_offsets: Tensor, bias: Tensor | None
+) -> Tensor:
+    """W x + b for W as numerics.packing.pack_bitmask gives it, of 16 bits or fp32 whatever x is.
+
+    x: [..., columns], float; bias: [rows] in x's dtype or None; returns [..., rows] in x's dtype.
+    """
+    weight = unpack_bitmask(values, mask, row_offsets, x.shape[-1]).to(x.dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
 def attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, counters: Tensor, scale: float
 ) -> Tensor:
@@ -315,6 +330,21 @@ def _gap_shape(
     return _like(x, rows, glu)
 
 
+def _bitmask_shape(
+    x: Tensor, values: Tensor, mask: Tensor, row_offsets: Tensor, bias: Tensor | None
+) -> Tensor:
+    return _like(x, mask.shape[0], False)
+
+
+def _on_cpu(name: str) -> Any:
+    def run(*arguments: Any) -> Tensor:
+        from llmsqueeze.ops import cpu
+
+        return getattr(cpu, name)(*arguments)
+
+    return run
+
+
 def _on_cuda(name: str) -> Any:
     """The kernel of an operator; its module is loaded when it is first needed."""
 
@@ -343,4 +373,7 @@ for _function, _shape in (
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
     _LIBRARY.impl(_name, _on_cuda(_name), "CUDA")
     torch.library.register_fake(f"llmsqueeze::{_name}", _shape, lib=_LIBRARY)
+_LIBRARY.impl("bitmask_linear", bitmask_linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("bitmask_linear", _on_cpu("bitmask_linear"), "CPU")
+torch.library.register_fake("llmsqueeze::bitmask_linear", _bitmask_shape, lib=_LIBRARY)
 torch.library.register_fake("llmsqueeze::gate", _gate_shape, lib=_LIBRARY)

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
-from llmsqueeze.ops import in_pairs
+from llmsqueeze.ops import cpu, in_pairs
 from llmsqueeze.runtime import mlp
 from llmsqueeze.runtime.gates import GatedLinear
 from llmsqueeze.runtime.packed import (
+    BitmaskLinear,
     GapLinear,
     Gated24Product,
     GatedInt8Product,
@@ -38,6 +39,11 @@ LEAST_SPARSITY = 0.4
 GAPS_BEAT_INT8 = 0.55
 # Linears that are fed by one tensor, by their names: one product for all.
 FUSED = (("q_proj", "k_proj", "v_proj"), mlp.PAIR)
+
+
+# A module for a weight, and how it is chosen: by the weight, and whether it is behind a gate.
+Kind = type[GatedProduct] | type[PackedLinear]
+Choice = Callable[[Tensor, bool], Kind | None]
 
 
 class Fused(nn.Module):  # type: ignore[misc]
@@ -111,11 +117,15 @@ def use_kernels(model: nn.Module, device: torch.device | None = None) -> Report:
 
     device: where they are to live; weights are packed there, each on its own. Linears without a gate that
     have fewer zeros than LEAST_SPARSITY, and are not of eight bits, stay as they are, and so does what the
-    rest of the model is made of. The model can then no longer be saved or trained.
+    rest of the model is made of; on a CPU linears behind gates and of eight bits as well. The model can then
+    no longer be saved or trained.
 
-    Raises EnvironmentFault on a CPU, and in a dtype that kernels do not compute in.
+    Raises EnvironmentFault where there are no kernels, and in a dtype that they do not compute in.
     """
-    return pack_linears(model, device or next(model.parameters()).device, check=_check)
+    where = device or next(model.parameters()).device
+    return pack_linears(
+        model, where, check=_check, choose=_on_cpu if where.type == "cpu" else _on_cuda
+    )
 
 
 @torch.no_grad()
@@ -124,11 +134,14 @@ def pack_linears(
     device: torch.device,
     *,
     check: Callable[[torch.dtype, torch.device], None] = lambda dtype, device: None,
+    choose: Choice | None = None,
 ) -> Report:
-    """use_kernels() without asking whether there are kernels: on a CPU operators run their reference.
+    """use_kernels() without asking whether there are kernels: elsewhere operators run their reference.
 
-    check: called before a linear is replaced, if any is.
+    check: called before a linear is replaced, if any is. choose: the module for a weight, and whether it is
+    behind a gate; None: it stays. [default: as on a GPU]
     """
+    choose = choose or _on_cuda
     begun = time.perf_counter()
     report = Report()
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -142,11 +155,10 @@ def pack_linears(
         for names in _groups(owner, head):
             linears = [getattr(owner, name) for name in names]
             pairs = bool(path) and names == mlp.PAIR and mlp.is_swiglu(owner) and _alike(linears)
-            weight, kind = _weight(linears, device, pairs)
-            if pairs and kind in (None, Mixed24Linear):
-                # Rows of both in turns would mix the tiles of one with those of the other.
+            weight, kind = _weight(linears, device, pairs, choose)
+            if pairs and (kind is None or not kind.pairs):
                 pairs = False
-                weight, kind = _weight(linears, device, pairs)
+                weight, kind = _weight(linears, device, pairs, choose)
             if kind is None:
                 continue
             check(weight.dtype, device)
@@ -166,19 +178,27 @@ def pack_linears(
 
 
 def _weight(
-    linears: list[nn.Linear], device: torch.device, pairs: bool
-) -> tuple[Tensor, type[GatedProduct] | type[PackedLinear] | None]:
+    linears: list[nn.Linear], device: torch.device, pairs: bool, choose: Choice
+) -> tuple[Tensor, Kind | None]:
     """The weight of all of them, on the device, and the module for it. pairs: see ops.in_pairs."""
     weights = [linear.weight.to(device) for linear in linears]
     weight = in_pairs(*weights) if pairs else torch.cat(weights)
-    gated = isinstance(linears[0], GatedLinear)
-    return weight, _gated_kind(weight) if gated else _packed_kind(weight)
+    return weight, choose(weight, isinstance(linears[0], GatedLinear))
 
 
 def _alike(linears: list[nn.Linear]) -> bool:
     """Whether two linears have about as many zeros: rows in turns take the place of the fuller one."""
     counts = sorted(int(linear.weight.count_nonzero()) for linear in linears)
     return counts[-1] <= 1.05 * counts[0]
+
+
+def _on_cuda(weight: Tensor, gated: bool) -> Kind | None:
+    return _gated_kind(weight) if gated else _packed_kind(weight)
+
+
+def _on_cpu(weight: Tensor, gated: bool) -> Kind | None:
+    zeros = 1 - int(weight.count_nonzero()) / weight.numel()
+    return BitmaskLinear if not gated and zeros >= LEAST_SPARSITY else None
 
 
 def _packed_kind(weight: Tensor) -> type[PackedLinear] | None:
@@ -205,7 +225,7 @@ def _gated_kind(weight: Tensor) -> type[GatedProduct]:
 def _pack(
     linears: list[nn.Linear],
     weight: Tensor,
-    kind: type[GatedProduct] | type[PackedLinear],
+    kind: Kind,
     report: Report,
 ) -> list[nn.Module]:
     """What stands in for linears of one input. weight: of all of them, where it is to live."""
@@ -233,7 +253,7 @@ def _pack(
 def _pack_pairs(
     linears: list[nn.Linear],
     weight: Tensor,
-    kind: type[GatedProduct] | type[PackedLinear],
+    kind: Kind,
     report: Report,
 ) -> PackedLinear | GatedProduct:
     """The product of a gate and an up projection with their activation. weight: of both, in pairs."""
@@ -275,8 +295,17 @@ def _kind(linear: nn.Linear) -> tuple[Any, ...]:
 
 
 def _check(dtype: torch.dtype, device: torch.device) -> None:
+    if device.type == "cpu":
+        if cpu.library() is None:
+            raise EnvironmentFault(
+                "kernels for a CPU were not built, there was no C++ compiler when llmsqueeze was installed; "
+                "use --backend reference, or --device cuda"
+            )
+        return
     if device.type != "cuda":
-        raise EnvironmentFault("kernels for compressed weights run on CUDA only; use --device cuda")
+        raise EnvironmentFault(
+            "kernels for compressed weights run on CUDA and CPUs only; use --device cuda"
+        )
     if dtype not in (torch.bfloat16, torch.float16):
         raise EnvironmentFault(
             f"kernels compute in bfloat16 or float16, not {str(dtype).removeprefix('torch.')};"

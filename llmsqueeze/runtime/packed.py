@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
+from llmsqueeze.numerics.packing import pack_bitmask
 from llmsqueeze.ops import input_major, round_down
 from llmsqueeze.runtime.gates import Gate
 
@@ -19,6 +20,7 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
     """
 
     format: ClassVar[str]
+    pairs: ClassVar[bool] = True  # whether glu gains anything
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, glu: bool = False) -> None:
         super().__init__()
@@ -52,6 +54,9 @@ class Mixed24Linear(PackedLinear):
     """2:4 in most places and dense in others, as PATCH leaves weights. Buffers: see numerics.mixed24."""
 
     format = "2:4 and dense"
+    pairs = (
+        False  # rows of two matrices in turns would mix the tiles of one with those of the other
+    )
     stream: Tensor
     entries: Tensor
     metadata: Tensor
@@ -115,6 +120,29 @@ class Int8Linear(PackedLinear):
         return y
 
 
+class BitmaskLinear(PackedLinear):
+    """Zeros anywhere, for a CPU: as on disk. values, mask, row_offsets: see numerics.packing."""
+
+    format = "bitmask"
+    pairs = False
+    values: Tensor
+    mask: Tensor
+    row_offsets: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, glu: bool = False) -> None:
+        super().__init__(weight, bias, glu=glu)
+        for name, part in zip(
+            ("values", "mask", "row_offsets"), pack_bitmask(_narrowed(weight)), strict=True
+        ):
+            self.register_buffer(name, part, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.bitmask_linear(
+            x, self.values, self.mask, self.row_offsets, self.bias
+        )
+        return y
+
+
 class GatedProduct(nn.Module):  # type: ignore[misc]
     """What the linears behind a gate put out, one after another: [rows, columns] weights, all of them.
 
@@ -123,6 +151,7 @@ class GatedProduct(nn.Module):  # type: ignore[misc]
     """
 
     format = "gated"
+    pairs = True
     weight: Tensor
     limit: Tensor
 
@@ -213,6 +242,14 @@ def _compact(threshold: Tensor, dtype: torch.dtype) -> Tensor:
     if bool((threshold == threshold[0]).all()):
         return threshold[:1].clone()
     return round_down(threshold, dtype)
+
+
+def _narrowed(weight: Tensor) -> Tensor:
+    """The same weight in 16 bits, if they hold it: as before it was loaded in fp32."""
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(weight.to(dtype).to(weight.dtype), weight):
+            return weight.to(dtype)
+    return weight
 
 
 def _multiprocessors(device: torch.device) -> int:
