@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmsqueeze import doctor, ops
-from llmsqueeze.ops import cuda, kernels
+from llmsqueeze.ops import cpu, cuda, kernels
 
 Cli = Callable[..., Any]
 Tiny = Callable[..., Path]
@@ -137,6 +137,8 @@ def test_doctor_says_what_is_there(
     launched = {name for name, f in vars(kernels).items() if inspect.isfunction(f)}
     operators = {n for n in launched & vars(ops).keys() if n.endswith("_linear")} | {"attend"}
     assert len(operators) == 9
+    operators.add("bitmask_linear")  # of the CPU alone
+    assert document["cpu_kernels"] == cpu.instructions()
     assert {check["operator"] for check in on_cpu} == operators
     assert all(0 < check["error"] < doctor.TOLERANCE for check in document["checks"])
     assert len(document["gpus"]) == torch.cuda.device_count()
