@@ -54,9 +54,7 @@ class Mixed24Linear(PackedLinear):
     """2:4 in most places and dense in others, as PATCH leaves weights. Buffers: see numerics.mixed24."""
 
     format = "2:4 and dense"
-    pairs = (
-        False  # rows of two matrices in turns would mix the tiles of one with those of the other
-    )
+    pairs = False  # rows in turns would mix the tiles of one matrix with those of the other
     stream: Tensor
     entries: Tensor
     metadata: Tensor
@@ -129,8 +127,8 @@ class BitmaskLinear(PackedLinear):
     mask: Tensor
     row_offsets: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, glu: bool = False) -> None:
-        super().__init__(weight, bias, glu=glu)
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
         for name, part in zip(
             ("values", "mask", "row_offsets"), pack_bitmask(_narrowed(weight)), strict=True
         ):
