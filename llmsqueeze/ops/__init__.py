@@ -94,15 +94,21 @@ def gated_linear(
 ) -> Tensor:
     """W gate(x) + b, and for what the gate dropped the low-rank branch up · down · (x - gate(x)).
 
-    weight: [out, in]; bias: [out] or None; up: [out, rank] and down: [rank, in], both or neither.
-    Everything but the threshold in x's dtype. Returns [..., out], or with glu what swiglu() makes of that:
-    so for all operators that have it.
+    weight: [out, in]; bias: [out], or a residual of every token, [..., out], or None; up: [out, rank] and
+    down: [rank, in], both or neither. Everything but the threshold in x's dtype. Returns [..., out], or with
+    glu what swiglu() makes of that. Of bias and glu so for all operators that have glu.
     """
     kept = gate(x, threshold)
-    y = torch.nn.functional.linear(kept, weight, bias)
+    y = _product(kept, weight, bias)
     if up is not None and down is not None:
         y = y + (x - kept) @ down.t() @ up.t()
     return swiglu(y) if glu else y
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None or bias.dim() == 1:
+        return torch.nn.functional.linear(x, weight, bias)
+    return torch.nn.functional.linear(x, weight) + bias
 
 
 def swiglu(y: Tensor) -> Tensor:
@@ -142,7 +148,7 @@ def int8_linear(
     x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, glu: bool = False
 ) -> Tensor:
     """W x + b for W as numerics.int8.encode gives it. x: [..., columns]; returns [..., rows]."""
-    y = torch.nn.functional.linear(x, int8.decode(codes, scale, x.dtype), bias)
+    y = _product(x, int8.decode(codes, scale, x.dtype), bias)
     return swiglu(y) if glu else y
 
 
@@ -180,7 +186,7 @@ def sparse24_linear(
     x: Tensor, stream: Tensor, bias: Tensor | None, rows: int, glu: bool = False
 ) -> Tensor:
     """W x + b for W as numerics.sparse24.pack lays it out. x: [..., columns]; returns [..., rows]."""
-    y = torch.nn.functional.linear(x, sparse24.unpack(stream, rows, x.shape[-1], x.dtype), bias)
+    y = _product(x, sparse24.unpack(stream, rows, x.shape[-1], x.dtype), bias)
     return swiglu(y) if glu else y
 
 
@@ -190,7 +196,7 @@ def mixed24_linear(
 ) -> Tensor:  # fmt: skip
     """W x + b for W as numerics.mixed24.pack lays it out. x: [..., columns]; returns [..., rows]."""
     packed = mixed24.Mixed(stream, entries, metadata, starts)
-    y = torch.nn.functional.linear(x, mixed24.unpack(packed, rows, x.shape[-1], x.dtype), bias)
+    y = _product(x, mixed24.unpack(packed, rows, x.shape[-1], x.dtype), bias)
     return swiglu(y) if glu else y
 
 
@@ -208,7 +214,7 @@ def gap_linear(
         order[rows:] = -1
     shape = gaps.Shape(bits, parts, warps)
     packed = gaps.Gaps(shape, stream, starts, first, order, blocks, reach, tuple(spans))
-    y = torch.nn.functional.linear(x, gaps.unpack(packed, rows, x.shape[-1], x.dtype), bias)
+    y = _product(x, gaps.unpack(packed, rows, x.shape[-1], x.dtype), bias)
     return swiglu(y) if glu else y
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
 from llmsqueeze.ops import cpu, in_pairs
-from llmsqueeze.runtime import mlp
+from llmsqueeze.runtime import mlp, residual
 from llmsqueeze.runtime.gates import GatedLinear
 from llmsqueeze.runtime.packed import (
     BitmaskLinear,
@@ -54,10 +54,10 @@ class Fused(nn.Module):  # type: ignore[misc]
         self.product = product
         self._last: tuple[Tensor, Tensor] | None = None
 
-    def outputs(self, x: Tensor, last: bool) -> Tensor:
+    def outputs(self, x: Tensor, last: bool, residual: Tensor | None = None) -> Tensor:
         """Of all of them. They are called in turn with the same tensor: the work is done once."""
         known = self._last
-        y: Tensor = known[1] if known is not None and known[0] is x else self.product(x)
+        y: Tensor = known[1] if known is not None and known[0] is x else self.product(x, residual)
         # Nothing is kept beyond the last call: a plain reference, which torch.compile understands.
         self._last = None if last else (x, y)
         return y
@@ -85,16 +85,19 @@ class GatedPart(nn.Module):  # type: ignore[misc]
         self.begin, self.end = begin, end
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """residual: only where there is no other part."""
         gate, product, rows = self.gate, self.fused.product, slice(self.begin, self.end)
         if gate.whole(x):
-            return self.fused.outputs(x, self.last)[..., rows]
+            return self.fused.outputs(x, self.last, residual)[..., rows]
         kept, side = gate.split(x)
         if self.last:
             gate.release()
         bias = None if product.bias is None else product.bias[rows]
         y: Tensor = product.rows(kept, self.begin, self.end, bias)
-        return y if side is None or product.up is None else y + side @ product.up[rows].t()
+        if side is not None and product.up is not None:
+            y = y + side @ product.up[rows].t()
+        return y if residual is None else y + residual
 
 
 @dataclass
@@ -173,6 +176,7 @@ def pack_linears(
         if product is not None:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, mlp.PackedMLP(product, owner.down_proj))
+    residual.join(model, lambda linear: isinstance(linear, (PackedLinear, GatedPart)))
     report.seconds = time.perf_counter() - begun
     return report
 

@@ -17,6 +17,7 @@ class PackedLinear(nn.Module):  # type: ignore[misc]
     """y = W x + b for [out_features, in_features] weights that exist only in a kernel's layout.
 
     glu: rows are ops.in_pairs() of a gate's and an up projection's, and y is ops.swiglu() of the product.
+    residual, in forward: [..., out_features], which is added before y is rounded; None: nothing.
     """
 
     format: ClassVar[str]
@@ -43,9 +44,9 @@ class Sparse24Linear(PackedLinear):
         super().__init__(weight, bias, glu=glu)
         self.register_buffer("stream", sparse24.pack(weight), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.sparse24_linear(
-            x, self.stream, self.bias, self.out_features, self.glu
+            x, self.stream, added(self.bias, residual), self.out_features, self.glu
         )
         return y
 
@@ -65,10 +66,10 @@ class Mixed24Linear(PackedLinear):
         for name, part in vars(mixed24.pack(weight)).items():
             self.register_buffer(name, part, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.mixed24_linear(
-            x, self.stream, self.entries, self.metadata, self.starts, self.bias, self.out_features,
-            self.glu,
+            x, self.stream, self.entries, self.metadata, self.starts, added(self.bias, residual),
+            self.out_features, self.glu,
         )  # fmt: skip
         return y
 
@@ -92,10 +93,10 @@ class GapLinear(PackedLinear):
         self.register_buffer("order", None if own else packed.order, persistent=False)
         self.shape = packed.arguments()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gap_linear(
-            x, self.stream, self.starts, self.first, self.order, self.bias, self.out_features,
-            *self.shape, self.glu,
+            x, self.stream, self.starts, self.first, self.order, added(self.bias, residual),
+            self.out_features, *self.shape, self.glu,
         )  # fmt: skip
         return y
 
@@ -113,8 +114,10 @@ class Int8Linear(PackedLinear):
         self.register_buffer("codes", input_major(codes), persistent=False)
         self.register_buffer("scale", int8.scales(largest), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.llmsqueeze.int8_linear(x, self.codes, self.scale, self.bias, self.glu)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.int8_linear(
+            x, self.codes, self.scale, added(self.bias, residual), self.glu
+        )
         return y
 
 
@@ -134,18 +137,18 @@ class BitmaskLinear(PackedLinear):
         ):
             self.register_buffer(name, part, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.bitmask_linear(
             x, self.values, self.mask, self.row_offsets, self.bias
         )
-        return y
+        return y if residual is None else y + residual
 
 
 class GatedProduct(nn.Module):  # type: ignore[misc]
     """What the linears behind a gate put out, one after another: [rows, columns] weights, all of them.
 
     forward: of tokens that the gate has to itself. rows: of inputs that were gated already, some outputs.
-    glu: as in PackedLinear.
+    glu, residual: as in PackedLinear.
     """
 
     format = "gated"
@@ -173,10 +176,11 @@ class GatedProduct(nn.Module):  # type: ignore[misc]
     def store(self, weight: Tensor) -> None:
         self.register_buffer("weight", input_major(weight), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gated_linear(
-            x, self.limit, self.weight, self.bias, self.up, self.gate.down, self.glu
-        )
+            x, self.limit, self.weight, added(self.bias, residual), self.up, self.gate.down,
+            self.glu,
+        )  # fmt: skip
         return y
 
     def rows(self, x: Tensor, begin: int, end: int, bias: Tensor | None) -> Tensor:
@@ -195,10 +199,11 @@ class GatedInt8Product(GatedProduct):
         self.register_buffer("codes", input_major(codes), persistent=False)
         self.register_buffer("scale", int8.scales(largest), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gated_int8_linear(
-            x, self.limit, self.codes, self.scale, self.bias, self.up, self.gate.down, self.glu
-        )
+            x, self.limit, self.codes, self.scale, added(self.bias, residual), self.up,
+            self.gate.down, self.glu,
+        )  # fmt: skip
         return y
 
     def rows(self, x: Tensor, begin: int, end: int, bias: Tensor | None) -> Tensor:
@@ -221,10 +226,10 @@ class Gated24Product(GatedProduct):
         self.register_buffer("keep", packed.keep, persistent=False)
         self.register_buffer("index", packed.index, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gated_24_linear(
-            x, self.limit, self.values, self.keep, self.index, self.bias, self.up, self.gate.down,
-            self.out_features, self.glu,
+            x, self.limit, self.values, self.keep, self.index, added(self.bias, residual), self.up,
+            self.gate.down, self.out_features, self.glu,
         )  # fmt: skip
         return y
 
@@ -233,6 +238,13 @@ class Gated24Product(GatedProduct):
             x, self.values, self.keep, self.index, bias, begin, end
         )
         return y
+
+
+def added(bias: Tensor | None, residual: Tensor | None) -> Tensor | None:
+    """What an operator adds to its product."""
+    if bias is None or residual is None:
+        return bias if residual is None else residual
+    return bias + residual
 
 
 def _compact(threshold: Tensor, dtype: torch.dtype) -> Tensor:
