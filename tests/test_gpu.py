@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -316,12 +317,11 @@ def test_kernels_behind_gates_read_packed_weights(
             assert torch.equal(found, int8.round_weight(weight)[:, start : start + 600].t())
 
 
-@pytest.mark.parametrize("kind", ["2:4", "tiles", "gaps", "ragged gaps", "int8", "2:4-out"])
+@pytest.mark.parametrize("kind", ["2:4", "tiles", "gaps", "sorted gaps", "int8", "2:4-out"])
 def test_kernels_expand_by_panels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmsqueeze.numerics import int8, mixed24, outputs24, sparse24
+    from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
     from llmsqueeze.numerics.masks import keep_nm, keep_nm_out, keep_tiles
     from llmsqueeze.ops import input_major, operands
-    from llmsqueeze.runtime.packed import GapLinear
 
     rows, columns = 208, 512
     monkeypatch.setattr(operands, "PANEL", 64 * 2 * columns)
@@ -343,20 +343,21 @@ def test_kernels_expand_by_panels(kind: str, monkeypatch: pytest.MonkeyPatch) ->
         packed = outputs24.pack(weight)
         fields = packed.values, packed.keep, packed.index
         arguments = operators.outputs24_linear, fields, (0, rows)
-    x = torch.randn(300, columns, device="cuda").bfloat16()
-    if kind.endswith("gaps"):
-        weight = weight * (scores > (0.7 if kind == "gaps" else torch.rand(rows, 1).cuda()))
-        linear = GapLinear(weight, bias)
-        assert (linear.order is None) == (kind == "gaps")
-        y = linear(x)
-        residual = torch.randn(300, rows, device="cuda").bfloat16()
-        expected = x.double() @ weight.double().t() + bias.double() + residual.double()
-        assert _off(linear(x, residual), expected) < ROUNDING[torch.bfloat16]
     else:
-        operator, before, behind = arguments
-        y = operator(x, *before, bias, *behind)
-    expected = x.double() @ weight.double().t() + bias.double()
-    assert _off(y, expected) < ROUNDING[torch.bfloat16]
+        weight = weight * (scores > (0.7 if kind == "gaps" else 2 * torch.rand(rows, 1).cuda()))
+        found = gaps.pack(weight, gaps.Shape(3, 1, 2))
+        order = found.order if kind == "sorted gaps" else None
+        own = torch.equal(found.order[:rows].cpu(), torch.arange(rows, dtype=torch.int32))
+        assert own == (order is None)
+        fields = found.stream, found.starts, found.first, order
+        arguments = operators.gap_linear, fields, (rows, *found.arguments())
+    x = torch.randn(300, columns, device="cuda").bfloat16()
+    operator, before, behind = arguments
+    product = x.double() @ weight.double().t()
+    for added in (bias, torch.randn(300, rows, device="cuda").bfloat16()):
+        if added.dim() == 1 or kind != "2:4-out":
+            y = operator(x, *before, added, *behind)
+            assert _off(y, product + added.double()) < ROUNDING[torch.bfloat16]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -456,12 +457,15 @@ def test_a_model_with_gates_decodes_in_a_graph(format: str) -> None:
     torch._dynamo.reset()  # what other tests compiled counts towards a limit
     model = of_format(gated_model(), format).cuda()
     one = IDS[:1, :1].cuda()
-    expected = [logits(model, IDS.cuda()), logits(model, one)]
+    inputs = IDS.cuda(), one
+    # A rounding more or less, and an input passes a gate or does not: errors are compared, not results.
+    exact = [logits(copy.deepcopy(model).float(), ids).double() for ids in inputs]
+    reference = [_off(logits(model, ids), e) for ids, e in zip(inputs, exact, strict=True)]
     dense = [int(token) for token in Decoder(model, 32).generate(IDS[0], 12)]
     report = use_kernels(model)
     assert report.formats["gated" if format == "plain" else f"gated {format}"] == 12
-    for ids, reference in zip((IDS.cuda(), one), expected, strict=True):
-        assert _off(logits(model, ids), reference.double()) < 0.02
+    for ids, e, off in zip(inputs, exact, reference, strict=True):
+        assert _off(logits(model, ids), e) < 1.5 * off
     plain = [int(token) for token in Decoder(model, 32).generate(IDS[0], 12)]
     compiled = [int(token) for token in Decoder(model, 32, compiled=True).generate(IDS[0], 12)]
     assert plain[0] == dense[0] == compiled[0]
