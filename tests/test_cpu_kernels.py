@@ -98,17 +98,43 @@ def test_halves_of_every_kind() -> None:
             assert torch.equal(y.nan_to_num(123.0), weight[:, 0].float().nan_to_num(123.0))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_count_of_tokens(isa: int, dtype: torch.dtype) -> None:
+    """Not worse than twice what torch makes of it in fp32. Some rows are empty, some are full."""
+    weight = (torch.randn(50, 301) * (torch.rand(50, 301) < 0.5)).to(dtype)
+    weight[::7] = 0
+    weight[3::7] = 1
+    packed = pack_bitmask(weight)
+    for tokens in range(1, 19):
+        x = torch.randn(tokens, 301)
+        expected = x.double() @ weight.double().t()
+        dense = nn.functional.linear(x, weight.float())
+        for seen in (x, x.to(dtype)):
+            found = cpu.bitmask_linear(seen, *packed, None, isa=isa)
+            if seen.dtype == torch.float32:
+                limit = 2 * float((dense - expected).abs().max()) + 1e-6
+                assert float((found - expected).abs().max()) <= limit
+            else:
+                exact = seen.double() @ weight.double().t()
+                assert off(found, exact) <= 2 * off(nn.functional.linear(seen, weight), exact)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_change_nothing(threads: int) -> None:
     weight = (torch.randn(100, 333) * (torch.rand(100, 333) < 0.5)).bfloat16()
-    x, packed = torch.randn(3, 333), pack_bitmask(weight)
-    expected = cpu.bitmask_linear(x, *packed, None)
+    packed = pack_bitmask(weight)
     before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        assert torch.equal(cpu.bitmask_linear(x, *packed, None), expected)
-    finally:
-        torch.set_num_threads(before)
+    for isa in ISAS:
+        for tokens in (3, 20):
+            x = torch.randn(tokens, 333)
+            expected = cpu.bitmask_linear(x, *packed, None, isa=isa)
+            try:
+                torch.set_num_threads(threads)
+                found = cpu.bitmask_linear(x, *packed, None, isa=isa)
+            finally:
+                torch.set_num_threads(before)
+            assert off(found, expected.double()) < 1e-6  # torch's own product may sum otherwise
 
 
 def test_values_may_begin_anywhere() -> None:
