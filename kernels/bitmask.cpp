@@ -248,10 +248,6 @@ std::vector<float> arrange(const float* x, int64_t tokens, int64_t columns, int6
 
 }  // namespace
 
-#if X86
-const Places places;
-#endif
-
 extern "C" {
 
 // The best instruction set of this machine that there is code for: 0 portable, 1 AVX2 with FMA and F16C, 2 AVX-512

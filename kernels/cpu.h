@@ -72,7 +72,7 @@ struct Places {
         }
     }
 };
-extern const Places places;
+inline const Places places;
 
 // Eight columns from the values that `from` points to; m: their byte of the mask.
 WITH_AVX2 inline __m128i expand8(const uint16_t* from, size_t m) {

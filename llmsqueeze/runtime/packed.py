@@ -7,9 +7,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
+from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, panels, sparse24
 from llmsqueeze.numerics.packing import pack_bitmask
-from llmsqueeze.ops import input_major, round_down
+from llmsqueeze.ops import input_major, linear, round_down
 from llmsqueeze.runtime.gates import Gate
 
 
@@ -109,7 +109,7 @@ class Int8Linear(PackedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, glu: bool = False) -> None:
         super().__init__(weight, bias, glu=glu)
-        codes, largest = int8.encode(weight)
+        codes, largest = int8.encode(narrowed(weight))
         self.register_buffer("codes", input_major(codes), persistent=False)
         self.register_buffer("scale", int8.scales(largest), persistent=False)
 
@@ -130,7 +130,7 @@ class BitmaskLinear(PackedLinear):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__(weight, bias)
         for name, part in zip(
-            ("values", "mask", "row_offsets"), pack_bitmask(_narrowed(weight)), strict=True
+            ("values", "mask", "row_offsets"), pack_bitmask(narrowed(weight)), strict=True
         ):
             self.register_buffer(name, part, persistent=False)
 
@@ -171,7 +171,7 @@ class GatedProduct(nn.Module):  # type: ignore[misc]
         self.store(weight)
 
     def store(self, weight: Tensor) -> None:
-        self.register_buffer("weight", input_major(weight), persistent=False)
+        self.register_buffer("weight", input_major(narrowed(weight)), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gated_linear(
@@ -180,7 +180,7 @@ class GatedProduct(nn.Module):  # type: ignore[misc]
         return y
 
     def rows(self, x: Tensor, begin: int, end: int, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(x, self.weight[begin:end], bias)
+        return linear(x, self.weight[begin:end], bias)
 
 
 class GatedInt8Product(GatedProduct):
@@ -191,7 +191,7 @@ class GatedInt8Product(GatedProduct):
     scale: Tensor
 
     def store(self, weight: Tensor) -> None:
-        codes, largest = int8.encode(weight)
+        codes, largest = int8.encode(narrowed(weight))
         self.register_buffer("codes", input_major(codes), persistent=False)
         self.register_buffer("scale", int8.scales(largest), persistent=False)
 
@@ -235,6 +235,32 @@ class Gated24Product(GatedProduct):
         return y
 
 
+class GatedBitmaskProduct(GatedProduct):
+    """With weights that have zeros anywhere, for a CPU. Buffers: see numerics.panels.Panels."""
+
+    format = "gated bitmask"
+    values: Tensor
+    mask: Tensor
+    row_offsets: Tensor
+
+    def store(self, weight: Tensor) -> None:
+        for name, part in vars(panels.pack(narrowed(weight))).items():
+            self.register_buffer(name, part, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.gated_bitmask_linear(
+            x, self.limit, self.values, self.mask, self.row_offsets, self.bias, self.up,
+            self.gate.down, self.out_features, self.glu,
+        )  # fmt: skip
+        return y
+
+    def rows(self, x: Tensor, begin: int, end: int, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.panels_linear(
+            x, self.values, self.mask, self.row_offsets, bias, begin, end
+        )
+        return y
+
+
 def _compact(threshold: Tensor, dtype: torch.dtype) -> Tensor:
     """The same thresholds in fewer bytes, since every block of a kernel reads them: one if they are equal."""
     if bool((threshold == threshold[0]).all()):
@@ -242,8 +268,10 @@ def _compact(threshold: Tensor, dtype: torch.dtype) -> Tensor:
     return round_down(threshold, dtype)
 
 
-def _narrowed(weight: Tensor) -> Tensor:
+def narrowed(weight: Tensor) -> Tensor:
     """The same weight in 16 bits, if they hold it: as before it was loaded in fp32."""
+    if weight.element_size() == 2:
+        return weight
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(weight.to(dtype).to(weight.dtype), weight):
             return weight.to(dtype)
