@@ -17,11 +17,12 @@ constexpr int64_t PIECE = 32;  // columns that are expanded together
 constexpr int MOST = 8;        // tokens whose sums stay in registers, at most
 constexpr int64_t FAR = 2048;  // bytes of values that are asked for ahead
 
-// One row times some tokens. x: as `arrange` leaves it; bytes: of the row's mask.
+// One row times some tokens. x: as `arrange` leaves it; bytes: of the row's mask. Where weights are not MASKED, all are
+// there, the mask is not read, and bytes are divisible by 8.
 using Row = void (*)(const void* values, const uint8_t* mask, const float* x, int64_t pitch, int64_t bytes, int tokens,
                      float* sums);
 
-template <int KIND>
+template <int KIND, bool MASKED>
 void row_portable(const void* values, const uint8_t* mask, const float* x, int64_t pitch, int64_t bytes, int tokens,
                   float* sums) {
     int64_t next = 0;
@@ -29,7 +30,7 @@ void row_portable(const void* values, const uint8_t* mask, const float* x, int64
     for (int64_t byte = 0; byte < bytes; byte++)
         for (int bit = 0; bit < 8; bit++) {
             // Zeros are multiplied too: what is no number shows, as in a dense product.
-            const float w = mask[byte] >> bit & 1 ? value_at(values, next++, KIND) : 0;
+            const float w = !MASKED || mask[byte] >> bit & 1 ? value_at(values, next++, KIND) : 0;
             for (int t = 0; t < tokens; t++) parts[t][bit] += w * x[t * pitch + byte * 8 + bit];
         }
     for (int t = 0; t < tokens; t++) {
@@ -65,7 +66,7 @@ WITH_AVX2 inline float total(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-template <int KIND, int TOKENS>
+template <int KIND, bool MASKED, int TOKENS>
 WITH_AVX2 void row_avx2(const void* values, const uint8_t* mask, const float* x, int64_t pitch, int64_t bytes, int,
                         float* sums) {
     constexpr int CHAINS = TOKENS == 1 ? 4 : 2;
@@ -75,13 +76,13 @@ WITH_AVX2 void row_avx2(const void* values, const uint8_t* mask, const float* x,
     for (int64_t byte = 0; byte < bytes; byte += 4) {
         const uint8_t* m = mask + byte;
         uint8_t last[4] = {0, 0, 0, 0};
-        if (byte + 4 > bytes) {  // nothing is read behind the mask
+        if (MASKED && byte + 4 > bytes) {  // nothing is read behind the mask
             std::memcpy(last, m, bytes - byte);
             m = last;
         }
         _mm_prefetch((const char*)values + FAR, _MM_HINT_T0);
         __m256 w[4];
-        values = expand32_avx2<KIND>(values, m, w);
+        values = MASKED ? expand32_avx2<KIND>(values, m, w) : load32_avx2<KIND>(values, w);
         const float* from = x + byte * 8;
         for (int t = 0; t < TOKENS; t++)
             for (int i = 0; i < 4; i++)
@@ -93,7 +94,7 @@ WITH_AVX2 void row_avx2(const void* values, const uint8_t* mask, const float* x,
     }
 }
 
-template <int KIND, int TOKENS>
+template <int KIND, bool MASKED, int TOKENS>
 WITH_AVX512 void row_avx512(const void* values, const uint8_t* mask, const float* x, int64_t pitch, int64_t bytes, int,
                             float* sums) {
     constexpr int CHAINS = TOKENS <= 4 ? 4 : 2;
@@ -102,16 +103,17 @@ WITH_AVX512 void row_avx512(const void* values, const uint8_t* mask, const float
         for (int c = 0; c < CHAINS; c++) sum[t][c] = _mm512_setzero_ps();
     for (int64_t byte = 0; byte < bytes; byte += 8) {
         uint64_t m = 0;
-        if (byte + 8 <= bytes)
+        if (MASKED && byte + 8 <= bytes)
             std::memcpy(&m, mask + byte, 8);
-        else
+        else if (MASKED)
             std::memcpy(&m, mask + byte, bytes - byte);
         _mm_prefetch((const char*)values + FAR, _MM_HINT_T0);
         if (KIND == FP32) _mm_prefetch((const char*)values + FAR + 64, _MM_HINT_T0);
         const float* from = x + byte * 8;
         for (int half = 0; half < 2; half++) {
             __m512 w[2];
-            values = expand32_avx512<KIND>(values, (uint32_t)(m >> 32 * half), w);
+            values = MASKED ? expand32_avx512<KIND>(values, (uint32_t)(m >> 32 * half), w)
+                            : load32_avx512<KIND>(values, w);
             for (int t = 0; t < TOKENS; t++)
                 for (int i = 0; i < 2; i++) {
                     __m512& into = sum[t][(2 * half + i) % CHAINS];
@@ -125,12 +127,14 @@ WITH_AVX512 void row_avx512(const void* values, const uint8_t* mask, const float
     }
 }
 
-template <int KIND>
+template <int KIND, bool MASKED>
 Row row_of(int isa, int tokens) {
-    static const Row avx2[] = {row_avx2<KIND, 1>, row_avx2<KIND, 2>, row_avx2<KIND, 3>, row_avx2<KIND, 4>};
-    static const Row avx512[] = {row_avx512<KIND, 1>, row_avx512<KIND, 2>, row_avx512<KIND, 3>, row_avx512<KIND, 4>,
-                                 row_avx512<KIND, 5>, row_avx512<KIND, 6>, row_avx512<KIND, 7>, row_avx512<KIND, 8>};
-    return isa == AVX512 ? avx512[tokens - 1] : isa == AVX2 ? avx2[tokens - 1] : row_portable<KIND>;
+    static const Row avx2[] = {row_avx2<KIND, MASKED, 1>, row_avx2<KIND, MASKED, 2>, row_avx2<KIND, MASKED, 3>,
+                               row_avx2<KIND, MASKED, 4>};
+    static const Row avx512[] = {row_avx512<KIND, MASKED, 1>, row_avx512<KIND, MASKED, 2>, row_avx512<KIND, MASKED, 3>,
+                                 row_avx512<KIND, MASKED, 4>, row_avx512<KIND, MASKED, 5>, row_avx512<KIND, MASKED, 6>,
+                                 row_avx512<KIND, MASKED, 7>, row_avx512<KIND, MASKED, 8>};
+    return isa == AVX512 ? avx512[tokens - 1] : isa == AVX2 ? avx2[tokens - 1] : row_portable<KIND, MASKED>;
 }
 
 template <int KIND, bool WIDE>
@@ -186,9 +190,9 @@ Expand expand_of(int isa) {
 
 #else
 
-template <int KIND>
+template <int KIND, bool MASKED>
 Row row_of(int, int) {
-    return row_portable<KIND>;
+    return row_portable<KIND, MASKED>;
 }
 
 template <int KIND, bool WIDE>
@@ -198,8 +202,11 @@ Expand expand_of(int) {
 
 #endif
 
+template <bool MASKED>
 Row row_for(int kind, int isa, int tokens) {
-    return kind == BF16 ? row_of<BF16>(isa, tokens) : kind == FP16 ? row_of<FP16>(isa, tokens) : row_of<FP32>(isa, tokens);
+    return kind == BF16   ? row_of<BF16, MASKED>(isa, tokens)
+           : kind == FP16 ? row_of<FP16, MASKED>(isa, tokens)
+                          : row_of<FP32, MASKED>(isa, tokens);
 }
 
 Expand expand_for(int kind, int isa, bool wide) {
@@ -276,8 +283,30 @@ void llmsqueeze_bitmask_linear(const void* values, const uint8_t* mask, const in
         for (int64_t first = 0; first < tokens; first += together) {
             const int some = (int)(tokens - first < together ? tokens - first : together);
             float sums[MOST];
-            row_for(kind, isa, some)(from, mask + row * bytes, seen.data() + first * pitch, pitch, bytes, some, sums);
+            row_for<true>(kind, isa, some)(from, mask + row * bytes, seen.data() + first * pitch, pitch, bytes, some, sums);
             for (int t = 0; t < some; t++) y[(first + t) * rows + row] = sums[t] + (bias ? bias[row] : 0);
+        }
+    }
+}
+
+// The same for weights that are all there: [rows][columns].
+void llmsqueeze_dense_linear(const void* weight, const float* bias, const float* x, float* y, int64_t rows,
+                             int64_t columns, int64_t tokens, int kind, int isa, int threads) {
+    const int64_t whole = columns / GROUP * GROUP, pitch = (columns + GROUP - 1) / GROUP * GROUP;
+    const int size = size_of(kind), together = isa == AVX512 ? MOST : MOST / 2;
+    const std::vector<float> seen = arrange(x, tokens, columns, pitch, kind == BF16 && isa != PORTABLE);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, rows_at_a_time(rows, threads))
+    for (int64_t row = 0; row < rows; row++) {
+        const char* from = (const char*)weight + row * columns * size;
+        for (int64_t first = 0; first < tokens; first += together) {
+            const int some = (int)(tokens - first < together ? tokens - first : together);
+            float sums[MOST];
+            row_for<false>(kind, isa, some)(from, nullptr, seen.data() + first * pitch, pitch, whole / 8, some, sums);
+            for (int t = 0; t < some; t++) {
+                // Nothing is read behind the last weight.
+                for (int64_t c = whole; c < columns; c++) sums[t] += value_at(from, c, kind) * x[(first + t) * columns + c];
+                y[(first + t) * rows + row] = sums[t] + (bias ? bias[row] : 0);
+            }
         }
     }
 }

@@ -130,7 +130,54 @@ WITH_AVX2 inline const void* expand32_avx2(const void* from, const uint8_t* m, _
     return half;
 }
 
-// The same in two registers.
+// 32 columns that are all there, as expand32_avx2 gives them.
+template <int KIND>
+WITH_AVX2 inline const void* load32_avx2(const void* from, __m256 (&w)[4]) {
+    if (KIND == FP32) {
+        const float* word = (const float*)from;
+        w[0] = _mm256_loadu_ps(word);
+        w[1] = _mm256_loadu_ps(word + 8);
+        w[2] = _mm256_loadu_ps(word + 16);
+        w[3] = _mm256_loadu_ps(word + 24);
+        return word + 32;
+    }
+    const __m128i* half = (const __m128i*)from;
+    if (KIND == FP16) {
+        w[0] = _mm256_cvtph_ps(_mm_loadu_si128(half));
+        w[1] = _mm256_cvtph_ps(_mm_loadu_si128(half + 1));
+        w[2] = _mm256_cvtph_ps(_mm_loadu_si128(half + 2));
+        w[3] = _mm256_cvtph_ps(_mm_loadu_si128(half + 3));
+        return half + 4;
+    }
+    const __m256i odd = _mm256_set1_epi32((int)0xffff0000);
+    const __m256i left = _mm256_loadu_si256((const __m256i*)half), right = _mm256_loadu_si256((const __m256i*)half + 1);
+    w[0] = _mm256_castsi256_ps(_mm256_slli_epi32(left, 16));
+    w[1] = _mm256_castsi256_ps(_mm256_slli_epi32(right, 16));
+    w[2] = _mm256_castsi256_ps(_mm256_and_si256(left, odd));
+    w[3] = _mm256_castsi256_ps(_mm256_and_si256(right, odd));
+    return half + 4;
+}
+
+template <int KIND>
+WITH_AVX512 inline const void* load32_avx512(const void* from, __m512 (&w)[2]) {
+    if (KIND == FP32) {
+        w[0] = _mm512_loadu_ps(from);
+        w[1] = _mm512_loadu_ps((const float*)from + 16);
+        return (const float*)from + 32;
+    }
+    const uint16_t* half = (const uint16_t*)from;
+    const __m512i found = _mm512_loadu_si512(half);
+    if (KIND == FP16) {
+        w[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(found));
+        w[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(found, 1));
+    } else {
+        w[0] = _mm512_castsi512_ps(_mm512_slli_epi32(found, 16));
+        w[1] = _mm512_castsi512_ps(_mm512_and_si512(found, _mm512_set1_epi32((int)0xffff0000)));
+    }
+    return half + 32;
+}
+
+// expand32_avx2 in two registers.
 template <int KIND>
 WITH_AVX512 inline const void* expand32_avx512(const void* from, uint32_t m, __m512 (&w)[2]) {
     if (KIND == FP32) {

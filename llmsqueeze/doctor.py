@@ -140,6 +140,7 @@ def _linears(device: torch.device, generator: torch.Generator) -> list[Case]:
     three, out = (None, None, None), (columns.values, columns.keep, columns.index)
     cpu_only: list[Case] = [
         ("bitmask_linear", lambda x: library.bitmask_linear(x, *mask, None), of(loose), (1, 16, 64)),
+        ("dense_linear", lambda x: library.dense_linear(x, weight, None), of(weight), (1, 16, 64)),
         ("gated_bitmask_linear", lambda x: library.gated_bitmask_linear(
             x, threshold, *runs, *three, _ROWS), of(loose, True), (1, 2)),
         ("panels_linear", lambda x: library.panels_linear(x, *runs, None, 0, _ROWS), of(loose), (64,)),

@@ -124,6 +124,21 @@ def test_every_count_of_tokens(isa: int, dtype: torch.dtype) -> None:
                 assert off(found, exact) <= 2 * off(nn.functional.linear(seen, weight), exact)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_that_are_all_there(isa: int, dtype: torch.dtype) -> None:
+    for rows, columns in ((1, 1), (7, 63), (9, 64), (20, 301)):
+        held = torch.randn(rows * columns + 1).to(dtype)
+        weight, bias = held[1:].view(rows, columns), torch.randn(rows)
+        for tokens in (*range(1, 18),):
+            x = torch.randn(tokens, columns)
+            expected = x.double() @ weight.double().t() + bias.double()
+            size = x.double().abs() @ weight.double().abs().t() + bias.double().abs()
+            y = cpu.dense_linear(x, weight, bias, isa=isa)
+            assert bool(((y - expected).abs() <= 2e-6 * size).all())
+    torch.library.opcheck(torch.ops.llmsqueeze.dense_linear.default, (x, weight, bias))
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_threads_change_nothing(threads: int) -> None:
     weight = (torch.randn(100, 333) * (torch.rand(100, 333) < 0.5)).bfloat16()
@@ -189,6 +204,13 @@ for dtype in (torch.bfloat16, torch.float16, torch.float32):
             for isa in range(int(sys.argv[1])):
                 y = cpu.bitmask_linear(x, *parts, None, isa=isa)
                 expected = x.double() @ weight.double().t()
+                assert (y - expected).norm() <= 1e-5 * expected.norm()
+        whole = at_the_end_of_a_page(weight)
+        for tokens in (1, 4, 17):
+            x = at_the_end_of_a_page(torch.randn(tokens, columns))
+            for isa in range(int(sys.argv[1])):
+                expected = x.double() @ weight.double().t()
+                y = cpu.dense_linear(x, whole, None, isa=isa)
                 assert (y - expected).norm() <= 1e-5 * expected.norm()
         columnwise = at_the_end_of_a_page(weight.t().contiguous()).t()
         codes, largest = int8.encode(weight)

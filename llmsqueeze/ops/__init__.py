@@ -50,6 +50,7 @@ _LIBRARY.define(
 _LIBRARY.define(
     "bitmask_linear(Tensor x, Tensor values, Tensor mask, Tensor row_offsets, Tensor? bias) -> Tensor"
 )
+_LIBRARY.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _LIBRARY.define(
     "gated_bitmask_linear(Tensor x, Tensor threshold, Tensor values, Tensor mask, Tensor row_offsets,"
     " Tensor? bias, Tensor? up, Tensor? down, int rows, bool glu=False) -> Tensor"
@@ -255,6 +256,11 @@ def bitmask_linear(
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + b for W of 16 bits or fp32 whatever x is."""
+    return linear(x, weight, bias)
+
+
 def gated_bitmask_linear(
     x: Tensor, threshold: Tensor, values: Tensor, mask: Tensor, row_offsets: Tensor, bias: Tensor | None,
     up: Tensor | None, down: Tensor | None, rows: int, glu: bool = False,
@@ -385,6 +391,10 @@ def _bitmask_shape(
     return _like(x, mask.shape[0], False)
 
 
+def _dense_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _like(x, weight.shape[0], False)
+
+
 def _gated_bitmask_shape(
     x: Tensor, threshold: Tensor, values: Tensor, mask: Tensor, row_offsets: Tensor, bias: Tensor | None,
     up: Tensor | None, down: Tensor | None, rows: int, glu: bool = False,
@@ -436,6 +446,7 @@ for _function, _shape, *_kernels in (
     (gap_linear, _gap_shape, _CUDA),
     (attend, _attend_shape, _CUDA),
     (bitmask_linear, _bitmask_shape, _CPU),
+    (dense_linear, _dense_shape, _CPU),
     (gated_bitmask_linear, _gated_bitmask_shape, _CPU),
     (panels_linear, _panels_shape, _CPU),
 ):

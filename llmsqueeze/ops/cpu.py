@@ -35,6 +35,7 @@ def library() -> ctypes.CDLL | None:
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for name, arguments in {
         "bitmask_linear": [pointer] * 6 + [size] * 3 + [number] * 3,
+        "dense_linear": [pointer] * 4 + [size] * 3 + [number] * 3,
         "bitmask_expand": [pointer] * 4 + [size] * 3 + [number] * 4,
         "gated_linear": [pointer, size, pointer, size] + [pointer] * 4 + [size] * 3 + [number] * 3,
         "gated_bitmask_linear": [pointer] * 3 + [size, pointer, size] + [pointer] * 3
@@ -58,18 +59,35 @@ def bitmask_linear(
     loaded = _library()
     columns, rows = x.shape[-1], len(mask)
     tokens = x.numel() // columns
-    values, mask, row_offsets = values.contiguous(), mask.contiguous(), row_offsets.contiguous()
+    values, mask, row_offsets = _whole(values), _whole(mask), _whole(row_offsets)
     if tokens > TOKENS:
         panel = _Expander(loaded, x, values, mask, row_offsets, columns, isa)
         return ops.by_panels(x, rows, bias, panel.rows)
-    seen, offset = x.float().contiguous(), _fp32(bias)
+    seen, offset = _seen(x), _fp32(bias)
     y = torch.empty(*x.shape[:-1], rows)
     loaded.llmsqueeze_bitmask_linear(
         values.data_ptr(), mask.data_ptr(), row_offsets.data_ptr(), _address(offset),
         seen.data_ptr(), y.data_ptr(), rows, columns, tokens, _KINDS[values.dtype],
         _best(loaded, isa), torch.get_num_threads(),
     )  # fmt: skip
-    return y.to(x.dtype)
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+
+def dense_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, isa: int | None = None
+) -> Tensor:
+    loaded = _library()
+    rows, columns = weight.shape
+    tokens = x.numel() // columns
+    if tokens > TOKENS or not weight.is_contiguous():
+        return ops.linear(x, weight, bias)
+    seen, offset = _seen(x), _fp32(bias)
+    y = torch.empty(*x.shape[:-1], rows)
+    loaded.llmsqueeze_dense_linear(
+        weight.data_ptr(), _address(offset), seen.data_ptr(), y.data_ptr(), rows, columns, tokens,
+        _KINDS[weight.dtype], _best(loaded, isa), torch.get_num_threads(),
+    )  # fmt: skip
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
 def gated_linear(
@@ -116,8 +134,8 @@ def gated_bitmask_linear(
         return ops.gated_bitmask_linear(
             x, threshold, values, mask, row_offsets, bias, up, down, rows, glu
         )
-    seen, limit, offset = x.float().contiguous(), threshold.float().contiguous(), _fp32(bias)
-    parts = values.contiguous(), mask.contiguous(), row_offsets.contiguous()
+    seen, limit, offset = _seen(x), _seen(threshold), _fp32(bias)
+    parts = _whole(values), _whole(mask), _whole(row_offsets)
     y = torch.empty(*x.shape[:-1], rows)
     loaded.llmsqueeze_gated_bitmask_linear(
         *(part.data_ptr() for part in parts), 8 * mask.shape[2], limit.data_ptr(), len(limit),
@@ -190,7 +208,7 @@ def _input_major(
     """scale · W gate(x) + bias, in fp32."""
     loaded = _library()
     rows, columns = weight.shape
-    seen, limit = x.float().contiguous(), threshold.float().contiguous()
+    seen, limit = _seen(x), _seen(threshold)
     offset, step = _fp32(bias), _fp32(scale)
     y = torch.empty(*x.shape[:-1], rows)
     loaded.llmsqueeze_gated_linear(
@@ -221,7 +239,17 @@ def _best(loaded: ctypes.CDLL, isa: int | None) -> int:
 
 
 def _fp32(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
+    return None if tensor is None else _seen(tensor)
+
+
+def _seen(x: Tensor) -> Tensor:
+    """x in fp32 and in one piece. Asking costs less than a call that changes nothing."""
+    x = x if x.dtype is torch.float32 else x.float()
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -12,6 +12,9 @@ from llmsqueeze.numerics.packing import pack_bitmask
 from llmsqueeze.ops import input_major, linear, round_down
 from llmsqueeze.runtime.gates import Gate
 
+# Below, reading where the zeros are costs nearly what they saved.
+LEAST_SPARSITY = 0.4
+
 
 class PackedLinear(nn.Module):  # type: ignore[misc]
     """y = W x + b for [out_features, in_features] weights that exist only in a kernel's layout.
@@ -127,11 +130,15 @@ class BitmaskLinear(PackedLinear):
     mask: Tensor
     row_offsets: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, parts: dict[str, Tensor] | None = None
+    ) -> None:
+        """parts: of the weight by name, if it was packed before; then it may be an empty one."""
         super().__init__(weight, bias)
-        for name, part in zip(
-            ("values", "mask", "row_offsets"), pack_bitmask(narrowed(weight)), strict=True
-        ):
+        if parts is None:
+            names = ("values", "mask", "row_offsets")
+            parts = dict(zip(names, pack_bitmask(narrowed(weight)), strict=True))
+        for name, part in parts.items():
             self.register_buffer(name, part, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -139,6 +146,37 @@ class BitmaskLinear(PackedLinear):
             x, self.values, self.mask, self.row_offsets, self.bias
         )
         return y
+
+
+class DenseLinear(PackedLinear):
+    """Few zeros, for a CPU: as on disk, in 16 bits or fp32, whatever the model computes in."""
+
+    format = "dense"
+    pairs = False
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.dense_linear(x, self.weight, self.bias)
+        return y
+
+
+class StoredEmbedding(nn.Module):  # type: ignore[misc]
+    """An embedding as on disk, whose rows come out in dtype."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, padding_idx: int | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.padding_idx, self.dtype = padding_idx, dtype
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_state_dict_pre_hook(_refuse)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.weight, self.padding_idx).to(self.dtype)
 
 
 class GatedProduct(nn.Module):  # type: ignore[misc]
