@@ -22,19 +22,20 @@ from llmsqueeze.ops import cpu, in_pairs
 from llmsqueeze.runtime import mlp, residual
 from llmsqueeze.runtime.gates import GatedLinear
 from llmsqueeze.runtime.packed import (
+    LEAST_SPARSITY,
     BitmaskLinear,
     GapLinear,
     Gated24Product,
+    GatedBitmaskProduct,
     GatedInt8Product,
     GatedProduct,
     Int8Linear,
     Mixed24Linear,
     PackedLinear,
     Sparse24Linear,
+    narrowed,
 )
 
-# Below, reading the gaps costs nearly what the zeros saved.
-LEAST_SPARSITY = 0.4
 # Where both fit: on an H100 int8 was faster at 50 % zeros, but for 4096 × 4096, and gaps at 60 %.
 GAPS_BEAT_INT8 = 0.55
 # Linears that are fed by one tensor, by their names: one product for all.
@@ -120,8 +121,7 @@ def use_kernels(model: nn.Module, device: torch.device | None = None) -> Report:
 
     device: where they are to live; weights are packed there, each on its own. Linears without a gate that
     have fewer zeros than LEAST_SPARSITY, and are not of eight bits, stay as they are, and so does what the
-    rest of the model is made of; on a CPU linears behind gates and of eight bits as well. The model can then
-    no longer be saved or trained.
+    rest of the model is made of. The model can then no longer be saved or trained.
 
     Raises EnvironmentFault where there are no kernels, and in a dtype that they do not compute in.
     """
@@ -201,8 +201,13 @@ def _on_cuda(weight: Tensor, gated: bool) -> Kind | None:
 
 
 def _on_cpu(weight: Tensor, gated: bool) -> Kind | None:
+    """The module that reads least."""
     zeros = 1 - int(weight.count_nonzero()) / weight.numel()
-    return BitmaskLinear if not gated and zeros >= LEAST_SPARSITY else None
+    if zeros < GAPS_BEAT_INT8 and int8.fits(narrowed(weight)):
+        return GatedInt8Product if gated else Int8Linear
+    if zeros >= LEAST_SPARSITY:
+        return GatedBitmaskProduct if gated else BitmaskLinear
+    return GatedProduct if gated else None
 
 
 def _packed_kind(weight: Tensor) -> type[PackedLinear] | None:

@@ -7,10 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
+from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, panels, sparse24
 from llmsqueeze.numerics.packing import pack_bitmask
-from llmsqueeze.ops import input_major, round_down
+from llmsqueeze.ops import input_major, linear, round_down
 from llmsqueeze.runtime.gates import Gate
+
+# Below, reading where the zeros are costs nearly what they saved.
+LEAST_SPARSITY = 0.4
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]
@@ -110,7 +113,7 @@ class Int8Linear(PackedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, glu: bool = False) -> None:
         super().__init__(weight, bias, glu=glu)
-        codes, largest = int8.encode(weight)
+        codes, largest = int8.encode(narrowed(weight))
         self.register_buffer("codes", input_major(codes), persistent=False)
         self.register_buffer("scale", int8.scales(largest), persistent=False)
 
@@ -130,11 +133,15 @@ class BitmaskLinear(PackedLinear):
     mask: Tensor
     row_offsets: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, parts: dict[str, Tensor] | None = None
+    ) -> None:
+        """parts: of the weight by name, if it was packed before; then it may be an empty one."""
         super().__init__(weight, bias)
-        for name, part in zip(
-            ("values", "mask", "row_offsets"), pack_bitmask(_narrowed(weight)), strict=True
-        ):
+        if parts is None:
+            names = ("values", "mask", "row_offsets")
+            parts = dict(zip(names, pack_bitmask(narrowed(weight)), strict=True))
+        for name, part in parts.items():
             self.register_buffer(name, part, persistent=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -142,6 +149,37 @@ class BitmaskLinear(PackedLinear):
             x, self.values, self.mask, self.row_offsets, self.bias
         )
         return y if residual is None else y + residual
+
+
+class DenseLinear(PackedLinear):
+    """Few zeros, for a CPU: as on disk, in 16 bits or fp32, whatever the model computes in."""
+
+    format = "dense"
+    pairs = False
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.dense_linear(x, self.weight, self.bias)
+        return y if residual is None else y + residual
+
+
+class StoredEmbedding(nn.Module):  # type: ignore[misc]
+    """An embedding as on disk, whose rows come out in dtype."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, padding_idx: int | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.padding_idx, self.dtype = padding_idx, dtype
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_state_dict_pre_hook(_refuse)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.weight, self.padding_idx).to(self.dtype)
 
 
 class GatedProduct(nn.Module):  # type: ignore[misc]
@@ -174,7 +212,7 @@ class GatedProduct(nn.Module):  # type: ignore[misc]
         self.store(weight)
 
     def store(self, weight: Tensor) -> None:
-        self.register_buffer("weight", input_major(weight), persistent=False)
+        self.register_buffer("weight", input_major(narrowed(weight)), persistent=False)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gated_linear(
@@ -184,7 +222,7 @@ class GatedProduct(nn.Module):  # type: ignore[misc]
         return y
 
     def rows(self, x: Tensor, begin: int, end: int, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(x, self.weight[begin:end], bias)
+        return linear(x, self.weight[begin:end], bias)
 
 
 class GatedInt8Product(GatedProduct):
@@ -195,7 +233,7 @@ class GatedInt8Product(GatedProduct):
     scale: Tensor
 
     def store(self, weight: Tensor) -> None:
-        codes, largest = int8.encode(weight)
+        codes, largest = int8.encode(narrowed(weight))
         self.register_buffer("codes", input_major(codes), persistent=False)
         self.register_buffer("scale", int8.scales(largest), persistent=False)
 
@@ -240,6 +278,32 @@ class Gated24Product(GatedProduct):
         return y
 
 
+class GatedBitmaskProduct(GatedProduct):
+    """With weights that have zeros anywhere, for a CPU. Buffers: see numerics.panels.Panels."""
+
+    format = "gated bitmask"
+    values: Tensor
+    mask: Tensor
+    row_offsets: Tensor
+
+    def store(self, weight: Tensor) -> None:
+        for name, part in vars(panels.pack(narrowed(weight))).items():
+            self.register_buffer(name, part, persistent=False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.gated_bitmask_linear(
+            x, self.limit, self.values, self.mask, self.row_offsets, added(self.bias, residual),
+            self.up, self.gate.down, self.out_features, self.glu,
+        )  # fmt: skip
+        return y
+
+    def rows(self, x: Tensor, begin: int, end: int, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.panels_linear(
+            x, self.values, self.mask, self.row_offsets, bias, begin, end
+        )
+        return y
+
+
 def added(bias: Tensor | None, residual: Tensor | None) -> Tensor | None:
     """What an operator adds to its product."""
     if bias is None or residual is None:
@@ -254,8 +318,10 @@ def _compact(threshold: Tensor, dtype: torch.dtype) -> Tensor:
     return round_down(threshold, dtype)
 
 
-def _narrowed(weight: Tensor) -> Tensor:
+def narrowed(weight: Tensor) -> Tensor:
     """The same weight in 16 bits, if they hold it: as before it was loaded in fp32."""
+    if weight.element_size() == 2:
+        return weight
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(weight.to(dtype).to(weight.dtype), weight):
             return weight.to(dtype)
