@@ -61,7 +61,7 @@ def test_layers_add_by_their_projections(packed: str) -> None:
 @pytest.mark.parametrize("format", ["plain", "int8", "2:4-out"])
 @pytest.mark.parametrize("policy", ["tail:0.5", "all"])
 def test_gated_projections_add_too(format: str, policy: str) -> None:
-    model = tiny_model().to(torch.bfloat16)
+    model = tiny_model()  # in fp32: a rounding more, and an input would pass a gate or not
     parts = {}
     for index in range(len(model.model.layers)):
         for leaf in ("self_attn.o_proj", "mlp.down_proj"):
@@ -75,7 +75,7 @@ def test_gated_projections_add_too(format: str, policy: str) -> None:
     pack_linears(model, CPU)
     assert all(joined(model))
     for ids, reference in zip(inputs, expected, strict=True):
-        assert float((logits(model, ids) - reference).norm() / reference.norm()) < 0.01
+        assert float((logits(model, ids) - reference).norm() / reference.norm()) < 1e-4
 
 
 def scaled(layer: Any) -> None:
