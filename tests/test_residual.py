@@ -61,7 +61,7 @@ def test_layers_add_by_their_projections(packed: str) -> None:
 @pytest.mark.parametrize("format", ["plain", "int8", "2:4-out"])
 @pytest.mark.parametrize("policy", ["tail:0.5", "all"])
 def test_gated_projections_add_too(format: str, policy: str) -> None:
-    model = tiny_model()  # in fp32: a rounding more, and an input would pass a gate or not
+    model = tiny_model().to(torch.bfloat16)
     parts = {}
     for index in range(len(model.model.layers)):
         for leaf in ("self_attn.o_proj", "mlp.down_proj"):
@@ -71,11 +71,13 @@ def test_gated_projections_add_too(format: str, policy: str) -> None:
     install(model, parts, Policy.parse(policy), model.model.layers)
     of_format(model, format)
     inputs = [IDS, IDS[:1, :1]]
-    expected = [logits(model, ids) for ids in inputs]
+    # A rounding more or less, and an input passes a gate or does not: errors are compared, not results.
+    exact = [logits(copy.deepcopy(model).float(), ids) for ids in inputs]
+    dense = [logits(model, ids) for ids in inputs]
     pack_linears(model, CPU)
     assert all(joined(model))
-    for ids, reference in zip(inputs, expected, strict=True):
-        assert float((logits(model, ids) - reference).norm() / reference.norm()) < 1e-4
+    for ids, e, reference in zip(inputs, exact, dense, strict=True):
+        assert float((logits(model, ids) - e).norm()) < 1.5 * float((reference - e).norm())
 
 
 def scaled(layer: Any) -> None:
