@@ -61,7 +61,8 @@ def test_layers_add_by_their_projections(packed: str) -> None:
 @pytest.mark.parametrize("format", ["plain", "int8", "2:4-out"])
 @pytest.mark.parametrize("policy", ["tail:0.5", "all"])
 def test_gated_projections_add_too(format: str, policy: str) -> None:
-    model = tiny_model().to(torch.bfloat16)
+    # In 16 bits a rounding more or less decides whether an input passes a gate.
+    model = tiny_model().to(torch.bfloat16 if format == "2:4-out" else torch.float32)
     parts = {}
     for index in range(len(model.model.layers)):
         for leaf in ("self_attn.o_proj", "mlp.down_proj"):
@@ -71,13 +72,12 @@ def test_gated_projections_add_too(format: str, policy: str) -> None:
     install(model, parts, Policy.parse(policy), model.model.layers)
     of_format(model, format)
     inputs = [IDS, IDS[:1, :1]]
-    # A rounding more or less, and an input passes a gate or does not: errors are compared, not results.
-    exact = [logits(copy.deepcopy(model).float(), ids) for ids in inputs]
-    dense = [logits(model, ids) for ids in inputs]
+    expected = [logits(model, ids) for ids in inputs]
     pack_linears(model, CPU)
     assert all(joined(model))
-    for ids, e, reference in zip(inputs, exact, dense, strict=True):
-        assert float((logits(model, ids) - e).norm()) < 1.5 * float((reference - e).norm())
+    for ids, reference in zip(inputs, expected, strict=True):
+        off = float((logits(model, ids) - reference).norm() / reference.norm())
+        assert off < (0.03 if format == "2:4-out" else 1e-4)
 
 
 def scaled(layer: Any) -> None:
