@@ -25,10 +25,11 @@ def kv_cache(model: Any) -> Any:
 
 
 def use_kernels(model: Any) -> Any:
-    """Let a model on a CUDA device compute with compressed weights: its linears are replaced, in place.
+    """Let a loaded model compute with compressed weights: its linears are replaced, in place.
 
-    Returns what was done (runtime.linears.Report). EnvironmentFault on a CPU, and in float32. The model can
-    then be used, compiled and captured in CUDA graphs, but not be saved or trained.
+    Returns what was done (runtime.linears.Report). EnvironmentFault on CUDA in float32, and on a CPU where
+    no kernels were built. The model can then be used, compiled and captured in CUDA graphs, but not be
+    saved or trained.
     """
     from llmsqueeze.runtime.linears import use_kernels as replace
 
