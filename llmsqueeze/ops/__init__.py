@@ -9,6 +9,8 @@ from torch import Tensor
 
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
 from llmsqueeze.numerics.packing import unpack_bitmask
+from llmsqueeze.ops import packed_attention
+from llmsqueeze.ops.packed_attention import kv_attend, kv_attend_shape
 
 _LIBRARY = torch.library.Library("llmsqueeze", "DEF")
 _LIBRARY.define("gate(Tensor x, Tensor threshold) -> Tensor")
@@ -49,6 +51,7 @@ _LIBRARY.define(
 _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor counters, float scale) -> Tensor"
 )
+_LIBRARY.define(packed_attention.SCHEMA)
 
 
 def gate(x: Tensor, threshold: Tensor) -> Tensor:
@@ -368,6 +371,7 @@ for _function, _shape in (
     (mixed24_linear, _mixed24_shape),
     (gap_linear, _gap_shape),
     (attend, _attend_shape),
+    (kv_attend, kv_attend_shape),
 ):
     _name = _function.__name__
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
