@@ -9,7 +9,8 @@ from torch import Tensor
 
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
 from llmsqueeze.numerics.packing import unpack_bitmask
-from llmsqueeze.ops import packed_attention
+from llmsqueeze.ops import packed_append, packed_attention
+from llmsqueeze.ops.packed_append import kv_append, kv_append_shape
 from llmsqueeze.ops.packed_attention import kv_attend, kv_attend_shape
 
 _LIBRARY = torch.library.Library("llmsqueeze", "DEF")
@@ -52,6 +53,7 @@ _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor counters, float scale) -> Tensor"
 )
 _LIBRARY.define(packed_attention.SCHEMA)
+_LIBRARY.define(packed_append.SCHEMA)
 
 
 def gate(x: Tensor, threshold: Tensor) -> Tensor:
@@ -372,6 +374,7 @@ for _function, _shape in (
     (gap_linear, _gap_shape),
     (attend, _attend_shape),
     (kv_attend, kv_attend_shape),
+    (kv_append, kv_append_shape),
 ):
     _name = _function.__name__
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
