@@ -92,7 +92,9 @@ def test_what_has_no_format() -> None:
     values = TokenCodec(book, 0, turned=False)
     assert TileFormat.of(keys, values, 64, 64) is not None
     four = TokenCodec(Codebook(4, *[torch.linspace(-1, 1, 16).double()] * 2), 0, turned=False)
+    many = ChannelCodec(book, torch.zeros(1, 1, 64), torch.ones(1, 1, 64), 5, None)
     for pair, width, rotary in (
+        ((many, values), 64, 64),
         ((keys, four), 64, 64), ((Rotated(4), Rotated(3)), 64, 0), ((Fp8(), Rotated(4)), 64, 0),
         ((Identity(), Identity()), 64, 0), ((keys, values), 64, 30), ((Fp8(), Fp8()), 80, 0),
     ):  # fmt: skip

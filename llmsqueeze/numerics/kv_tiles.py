@@ -32,6 +32,7 @@ from llmsqueeze.numerics.kv_codecs import ChannelCodec, Codec, Fp8, Parts, Rotat
 TOKENS = 16
 WIDTHS = (64, 96, 128, 256)
 FP8 = 8
+MOST_SLOTS = 4
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class TileFormat:
         if not (isinstance(keys, ChannelCodec) and isinstance(values, TokenCodec)):
             return None
         if keys.book.bits != values.book.bits or rotary % 4 or (width - rotary) % 4:
+            return None
+        if max(keys.slots, values.slots) > MOST_SLOTS:
             return None
         return cls(
             width, keys.book.bits, False, not values.turned, keys.slots, values.slots,
