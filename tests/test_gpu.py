@@ -487,3 +487,61 @@ def test_evaluation_runs_on_kernels(cli: Any, tiny: Tiny, tmp_path: Path, text_f
         assert document["backend"] == backend
         found.append(document["token_ppl"])
     assert abs(found[0] / found[1] - 1) < 1e-3
+
+
+# Keys before the rotary embedding are rounded to fp16 after they are turned, queries too.
+@pytest.mark.parametrize(
+    ("kind", "bits", "slots", "limit"),
+    [
+        ("fp8", 8, 0, 1e-3), ("rotated", 4, 0, 1e-3), ("rotated", 3, 0, 1e-3),
+        ("rotated", 2, 0, 1e-3), ("channels", 4, 0, 3e-3), ("channels", 4, 1, 3e-3),
+        ("channels", 3, 2, 3e-3), ("channels", 2, 0, 3e-3), ("channels-turned", 4, 1, 3e-3),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("width", [64, 96, 128, 256])
+def test_attention_over_tiles(kind: str, bits: int, slots: int, limit: float, width: int) -> None:
+    from llmsqueeze.ops import kv_attend
+    from tests.test_kv_attend import make_case, query_for
+
+    for tokens, padding, sinks, group, window in (
+        (3000, None, 0, 4, 0),
+        (333, (0, 40), 3, 1, 0),
+        (17, (0, 3), 2, 5, 0),
+        (1, None, 0, 8, 0),
+        (900, (0, 850), 4, 3, 200),
+    ):
+        for dtype in (torch.bfloat16, torch.float16):
+            case = make_case(
+                kind, bits, width=width, tokens=tokens, padding=padding, sinks=sinks, slots=slots,
+                device="cuda", dtype=dtype,
+            )  # fmt: skip
+            q = query_for(case, group, dtype)
+            given = case.arguments(q, window, width**-0.5)
+            found = torch.ops.llmsqueeze.kv_attend(*given)
+            expected = kv_attend(q.float(), *given[1:])  # type: ignore[arg-type]
+            assert _off(found, expected.double()) < limit + ROUNDING[dtype], (tokens, dtype)
+            assert torch.equal(found, torch.ops.llmsqueeze.kv_attend(*given))
+            counters = given[11]
+            assert isinstance(counters, torch.Tensor) and not bool(counters.any())
+
+
+def test_a_graph_attends_over_a_cache_that_grows() -> None:
+    from llmsqueeze.numerics import kv_tiles
+    from llmsqueeze.ops import kv_attend
+    from tests.test_kv_attend import make_case, query_for
+
+    case = make_case("channels", 4, width=128, tokens=100, sinks=1, slots=1, device="cuda")
+    q = query_for(case, 4, torch.bfloat16)
+    given = case.arguments(q, 0, 0.1)
+    torch.ops.llmsqueeze.kv_attend(*given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.ops.llmsqueeze.kv_attend(*given)
+    parts = kv_tiles.read(case.tiles, case.format, 100)
+    for count in (5, 16, 99, 100):
+        case.length.fill_(count)
+        case.tiles.zero_()
+        some = [tuple(p[:, :, :count] for p in side) for side in parts]
+        kv_tiles.write(case.tiles, case.format, torch.tensor([0]).cuda(), *some)
+        graph.replay()
+        assert _off(y, kv_attend(q.float(), *given[1:]).double()) < 5e-3  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import pytest
@@ -59,6 +60,12 @@ class Case:
         return (scores.softmax(-1) @ self.values).view(batch, 1, heads, width)
 
 
+@functools.cache
+def feedback_of(heads: int, width: int) -> Feedback:
+    diagonal, factors = factorise(torch.eye(width) + 0.3, 2)
+    return Feedback.of(diagonal.expand(heads, -1), factors.expand(heads, -1, -1))
+
+
 def codecs_of(
     kind: str, bits: int, heads: int, width: int, slots: int, generator: torch.Generator
 ) -> tuple[Codec, Codec]:
@@ -70,8 +77,7 @@ def codecs_of(
     values = normal_book(bits, torch.device("cpu")).decode / 2.8
     book = Codebook(bits, values, values * 1.03 + 0.01)
     offset, scale = torch.randn(2, heads, 1, width, generator=generator)
-    metric = torch.eye(width).expand(heads, -1, -1) + 0.3
-    feedback = Feedback.of(*factorise(metric, 2)) if slots else None
+    feedback = feedback_of(heads, width) if slots else None
     # Of 16 bits, as checkpoints have them.
     keys = ChannelCodec(
         book, offset.half().float(), (scale.exp() * 2).half().float(), slots, feedback
@@ -101,7 +107,9 @@ def make_case(
 
     keys = keys_codec.decode(parts[0], width, torch.float32).double()
     values = values_codec.decode(parts[1], width, torch.float32).double()
-    start = torch.zeros(batch, dtype=torch.int32) if padding is None else torch.tensor(padding).int()
+    start = (
+        torch.zeros(batch, dtype=torch.int32) if padding is None else torch.tensor(padding).int()
+    )
     constants: tuple[Tensor | None, ...] = (kv_constants.books(keys_codec, values_codec, format),)
     if pre_rope:
         places = torch.arange(tiles.shape[2] * 16).double()

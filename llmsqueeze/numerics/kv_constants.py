@@ -76,7 +76,7 @@ def _pairs(decoded: Tensor, bits: int) -> Tensor:
 
 
 def channel_constants(keys: ChannelCodec, angles: Angles, format: TileFormat) -> Tensor:
-    """[heads, D/16, 3, 32, 4, 2] fp16: per fragment of K twelve pairs for every lane, in three times 16 bytes.
+    """[heads, D/16, 3, 32, 4, 2] fp16: for a fragment of K and a lane twelve pairs, in three times 16 bytes.
 
     Six for token g, then for token g + 8 of a tile: what the first of two channels becomes of the codes'
     values x and y, a1 x + a2 y + a0, and the second, b1 x + b2 y + b0; in the order a1 a2 a0 b1 b2 b0.

@@ -32,6 +32,7 @@ from llmsqueeze.numerics.kv_codecs import ChannelCodec, Codec, Fp8, Parts, Rotat
 TOKENS = 16
 WIDTHS = (64, 96, 128, 256)
 FP8 = 8
+MOST_SLOTS = 4
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class TileFormat:
         if not (isinstance(keys, ChannelCodec) and isinstance(values, TokenCodec)):
             return None
         if keys.book.bits != values.book.bits or rotary % 4 or (width - rotary) % 4:
+            return None
+        if max(keys.slots, values.slots) > MOST_SLOTS:
             return None
         return cls(
             width, keys.book.bits, False, not values.turned, keys.slots, values.slots,
@@ -110,9 +113,7 @@ class TileFormat:
     def empty(self, batch: int, heads: int, tokens: int, device: torch.device) -> Tensor:
         """Tiles for so many tokens. Of zeros: the kernel multiplies what is beyond the last token by 0."""
         tiles = -(-tokens // TOKENS)
-        return torch.zeros(
-            batch, heads, tiles, self.record, dtype=torch.uint8, device=device
-        )
+        return torch.zeros(batch, heads, tiles, self.record, dtype=torch.uint8, device=device)
 
 
 @dataclass
@@ -175,24 +176,20 @@ def read(tiles: Tensor, format: TileFormat, count: int) -> tuple[Parts, Parts]:
 
 
 def fields_of_parts(format: TileFormat, keys: Parts, values: Parts) -> Fields:
-    codes, parameters = [], []
-    for packed in (keys[0], values[0]):
-        if format.bits == FP8:
-            codes.append(packed.view(torch.uint8))
-        else:
-            codes.append(unpack_codes(packed, format.bits, format.width))
-    shape = codes[0].shape[:-1]
-    if format.key_scale:
-        parameters.append(keys[1])
-    scales = 1 + format.value_offset
-    parameters += reversed(values[1 : 1 + scales])
-    none = [codes[0].new_empty(*shape, 0, dtype=d) for d in (torch.float16, torch.uint8)]
-    key_channels, key_missing = keys[1:3] if format.key_slots else reversed(none)
-    value_channels, value_missing = (
-        values[1 + scales : 3 + scales] if format.value_slots else reversed(none)
+    key_codes, value_codes = (
+        part.view(torch.uint8)
+        if format.bits == FP8
+        else unpack_codes(part, format.bits, format.width)
+        for part in (keys[0], values[0])
     )
+    shape = key_codes.shape[:-1]
+    scales = 1 + format.value_offset
+    parameters = [*keys[1 : 1 + format.key_scale], *reversed(values[1 : 1 + scales])]
+    none = tuple(key_codes.new_empty(*shape, 0, dtype=d) for d in (torch.uint8, torch.float16))
+    key_channels, key_missing = keys[1:3] if format.key_slots else none
+    value_channels, value_missing = values[1 + scales : 3 + scales] if format.value_slots else none
     return Fields(
-        *codes, torch.cat([p.expand(*shape, 1) for p in parameters], dim=-1),
+        key_codes, value_codes, torch.cat([p.expand(*shape, 1) for p in parameters], dim=-1),
         key_missing, key_channels, value_missing, value_channels,
     )  # fmt: skip
 
@@ -209,14 +206,24 @@ def write_fields(fields: Fields, format: TileFormat) -> Tensor:
 
 def read_fields(tiles: Tensor, format: TileFormat) -> Fields:
     """The inverse of write_fields."""
-    slots = (format.key_slots,) * 2 + (format.value_slots,) * 2
-    sizes = [2 * TOKENS * format.parameters, *(n * TOKENS * w for n, w in zip(slots, (2, 1) * 2))]
-    codes, halves, *outliers = tiles.split([128 * format.words, *sizes], dim=-1)
+    kinds = [
+        (slots, dtype)
+        for slots in (format.key_slots, format.value_slots)
+        for dtype in (torch.float16, torch.uint8)
+    ]
+    sizes = [TOKENS * slots * dtype.itemsize for slots, dtype in kinds]
+    codes, halves, *outliers = tiles.split(
+        [128 * format.words, 2 * TOKENS * format.parameters, *sizes], dim=-1
+    )
     keys, values = _part(codes, format)
     halves = halves.contiguous().view(torch.float16).unflatten(-1, (8, 2, format.parameters))
-    found = [_key_codes(keys, format), _value_codes(values), halves.transpose(-3, -2).flatten(-3, -2)]
-    for part, count, dtype in zip(outliers, slots, (torch.float16, torch.uint8) * 2):
-        found.append(part.contiguous().view(dtype).unflatten(-1, (TOKENS, count)))
+    found = [
+        _key_codes(keys, format),
+        _value_codes(values),
+        halves.transpose(-3, -2).flatten(-3, -2),
+    ]
+    for part, (slots, dtype) in zip(outliers, kinds, strict=True):
+        found.append(part.contiguous().view(dtype).unflatten(-1, (TOKENS, slots)))
     return Fields(*(field.flatten(-3, -2) for field in found))
 
 

@@ -11,10 +11,10 @@ from llmsqueeze.ops import cuda
 from llmsqueeze.ops.operands import half
 
 _LOG2_E = 1.4426950408889634
-# Warps of a block and stages of their rings, the best first: what fits is taken.
-_SHAPES = ((8, 4), (8, 3), (8, 2), (4, 3), (4, 2), (2, 2))
-# Bytes of shared memory from which the table of pairs has a copy for every lane.
-_LARGE = 144 * 1024
+# Warps of a block, stages of their rings, copies of the table of pairs; the best first, what fits is taken.
+_SHAPES = (
+    (8, 4, 32), (8, 3, 32), (8, 2, 32), (4, 3, 32), (8, 2, 8), (4, 3, 8), (4, 2, 8), (2, 2, 8),
+)  # fmt: skip
 # Constants of channels that a lane can hold: beyond this width they stay in shared memory.
 _HELD = 128
 
@@ -25,7 +25,7 @@ def kv_attend(
     key_sinks: Tensor | None, value_sinks: Tensor | None, counters: Tensor, format: list[int],
     window: int, scale: float,
 ) -> Tensor:  # fmt: skip
-    """EnvironmentFault where there is no kernel for it: queries of other types, or more than 8 to a kv head."""
+    """EnvironmentFault where there is no kernel: queries not of 16 bits, or more than 8 to a kv head."""
     form = TileFormat.from_arguments(format)
     batch, heads, _, width = q.shape
     kv_heads, capacity = tiles.shape[1:3]
@@ -66,11 +66,10 @@ def variant(form: TileFormat, group: int, shared: int) -> dict[str, int]:
         "OFFSETS": int(form.value_offset), "KEY_SLOTS": form.key_slots,
         "VALUE_SLOTS": form.value_slots, "TURN_KEYS": int(form.turned_keys),
         "TURN_VALUES": int(form.turned_values), "ROTARY": form.rotary,
-        "COPIES": 32 if shared >= _LARGE else 8,
         "HELD": int(not form.key_scale and form.width <= _HELD),
     }  # fmt: skip
-    for warps, stages in _SHAPES:
-        found = macros | {"WARPS": warps, "STAGES": stages}
+    for warps, stages, copies in _SHAPES:
+        found = macros | {"WARPS": warps, "STAGES": stages, "COPIES": copies}
         if shared_bytes(form, group, found) <= shared:
             return found
     raise EnvironmentFault(
@@ -91,4 +90,3 @@ def shared_bytes(form: TileFormat, group: int, macros: dict[str, int]) -> int:
     queries = 4 * group * (width + 8)
     sinks = 4 * group * (width + 2)
     return front + sparse + constants + inverse + queries + sinks + 8 * warps * stages
-

@@ -66,7 +66,11 @@ def kv_attend(
 
 
 def _keys(
-    fields: Fields, shape: TileFormat, books: Tensor | None, channels: Tensor | None, inverse: Tensor | None
+    fields: Fields,
+    shape: TileFormat,
+    books: Tensor | None,
+    channels: Tensor | None,
+    inverse: Tensor | None,
 ) -> Tensor:
     """[batch, kv heads, tokens, D] fp32; of keys by channel the values of their codes, outliers added."""
     keys = _decoded(fields.keys, shape, books, 0)
