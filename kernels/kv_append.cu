@@ -124,7 +124,9 @@ kv_append(const u16* __restrict__ key, const u16* __restrict__ value, u8* __rest
           const float* __restrict__ offset, const float* __restrict__ scale, const int* __restrict__ order,
           const float* __restrict__ steps, const float2* __restrict__ angles, u16* __restrict__ key_sinks,
           u16* __restrict__ value_sinks, int steps_of_head, int capacity, int kv_heads, int sinks) {
-    __shared__ float book[2][2][BOOK], x[D], unit[D], error[D], low_of[64], high_of[64];
+    extern __shared__ float shared[];
+    __shared__ float book[2][2][BOOK], low_of[64], high_of[64];
+    float *x = shared, *unit = x + D, *error = unit + D;
     __shared__ u8 codes[2][D], kept[D], channels[2][(KEY_SLOTS > VALUE_SLOTS ? KEY_SLOTS : VALUE_SLOTS) + 1];
     __shared__ u16 parameters[PARAMETERS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

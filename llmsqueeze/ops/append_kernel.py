@@ -35,7 +35,7 @@ def kv_append(
         (key.contiguous(), value.contiguous(), tiles, length, padding, books, offset, scale, order,
          steps, angles, key_sinks, value_sinks, 0 if steps is None else steps.shape[1], capacity,
          kv_heads, sinks),
-        grid=(batch * kv_heads, 1), block=128, shared=0,
+        grid=(batch * kv_heads, 1), block=128, shared=12 * form.width,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.runtime import attention
+from llmsqueeze.runtime.kv_cache import LayerFormat
+from llmsqueeze.runtime.tiles import tiled_layers
 
 # Before a step is captured it runs as it is: kernels are compiled, and libraries take their workspaces.
 _WARM_STEPS = 3
@@ -21,18 +23,33 @@ class Decoder:
     """Generates one token after another with a causal language model, batch 1.
 
     length: tokens that prompt and answer may have together. compiled: whether torch.compile fuses what
-    lies between the kernels; takes a minute. On a CPU steps run one by one.
+    lies between the kernels; takes a minute. formats: of the layers whose cache is to lie in tiles, see
+    runtime.tiles; EnvironmentFault if there is no kernel for one. On a CPU steps run one by one.
     """
 
-    def __init__(self, model: nn.Module, length: int, *, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        length: int,
+        *,
+        compiled: bool = False,
+        formats: Mapping[int, LayerFormat] | None = None,
+    ) -> None:
         self.model = model
         self.length = length
         self.device = next(model.parameters()).device
-        attention.accept(model)
+        if formats:
+            attention.install(model)
+        else:
+            attention.accept(model)
         # All layers as long as the text, those of sliding attention too: transformers' own for those decide
         # in Python whether the window is full, which a graph would remember. The mask hides what slid out.
         count = model.config.get_text_config(decoder=True).num_hidden_layers
-        self.cache = Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(count)])
+        layers = [StaticLayer(max_cache_len=length) for _ in range(count)]
+        if formats:
+            found = tiled_layers(model, formats, length, *attention.hub_and_counters(model))
+            layers = [found.get(index, layer) for index, layer in enumerate(layers)]
+        self.cache = Cache(layers=layers)
         parameters = inspect.signature(model.forward).parameters
         # Renamed in transformers 5.24.
         self._options = {"cache" if "cache" in parameters else "past_key_values": self.cache}
