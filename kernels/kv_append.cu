@@ -126,13 +126,20 @@ kv_append(const u16* __restrict__ key, const u16* __restrict__ value, u8* __rest
           u16* __restrict__ value_sinks, int steps_of_head, int capacity, int kv_heads, int sinks) {
     extern __shared__ float shared[];
     __shared__ float book[2][2][BOOK], low_of[64], high_of[64];
-    float *x = shared, *unit = x + D, *error = unit + D;
+    float *x = shared, *unit = x + D, *error = unit + D, *passing = error + D;  // then this head's steps
+    __shared__ u16 place[D];
     __shared__ u8 codes[2][D], kept[D], channels[2][(KEY_SLOTS > VALUE_SLOTS ? KEY_SLOTS : VALUE_SLOTS) + 1];
     __shared__ u16 parameters[PARAMETERS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int own = blockIdx.x, head = own % kv_heads, batch = own / kv_heads;
     if (BITS < 8)
         for (int i = threadIdx.x; i < 4 * BOOK; i += THREADS) ((float*)book)[i] = books[i];
+    if (order) {  // constants: read while the kernel before still works
+        const float4* from = (const float4*)(steps + (size_t)head * steps_of_head);
+#pragma unroll 8
+        for (int i = threadIdx.x; i < steps_of_head / 4; i += THREADS) ((float4*)passing)[i] = from[i];
+        for (int i = threadIdx.x; i < D; i += THREADS) place[i] = order[head * D + i];
+    }
     let_next_start();
     wait_for_input();
     const int slot = *length - 1, position = slot - (padding ? padding[batch] : 0);
@@ -241,12 +248,12 @@ kv_append(const u16* __restrict__ key, const u16* __restrict__ value, u8* __rest
 #endif
     if (order) {
         // In order, group by group: of 2, 2, 4, 8, … channels.
-        const float* step = steps + (size_t)head * steps_of_head;
+        const float* step = passing;
         int size = 2;
         for (int start = 0; start < D; start += size, size = start == 2 ? 2 : start) {
             const int stop = start + size < D ? start + size : D;
             for (int i = start + threadIdx.x; i < stop; i += THREADS) {
-                const int c = order[head * D + i];
+                const int c = place[i];
                 const int code = nearest(unit[c], book[0][0]);
                 codes[0][c] = code;
                 error[i] = kept[c] ? unit[c] - book[0][1][code] : 0;
@@ -257,7 +264,7 @@ kv_append(const u16* __restrict__ key, const u16* __restrict__ value, u8* __rest
                 float sum = 0;
 #pragma unroll 8
                 for (int e = 0; e < stop - start; e++) sum = fmaf(error[start + e], step[e * rest + i], sum);
-                unit[order[head * D + stop + i]] += sum;
+                unit[place[stop + i]] += sum;
             }
             step += (stop - start) * rest;
             __syncthreads();

@@ -29,13 +29,14 @@ def kv_append(
         raise EnvironmentFault(f"kv_append: no kernel for {kv_heads} heads of {key.dtype}")
     if angles is not None and 16 + capacity > len(angles):
         raise EnvironmentFault("kv_append: angles for too few positions")
+    each = 0 if steps is None else steps.shape[1]
     macros = variant(form) | {"HALF": half(key), "PDL": int(cuda.is_hopper(key.device.index))}
     cuda.launch(
         "kv_append", macros, key,
         (key.contiguous(), value.contiguous(), tiles, length, padding, books, offset, scale, order,
-         steps, angles, key_sinks, value_sinks, 0 if steps is None else steps.shape[1], capacity,
-         kv_heads, sinks),
-        grid=(batch * kv_heads, 1), block=128, shared=12 * form.width,
+         steps, angles, key_sinks, value_sinks, each, capacity, kv_heads,
+         sinks),
+        grid=(batch * kv_heads, 1), block=128, shared=4 * (3 * form.width + each),
     )  # fmt: skip
 
 

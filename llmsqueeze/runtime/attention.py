@@ -46,12 +46,14 @@ def install(model: nn.Module) -> None:
     config._attn_implementation = _NAME
 
 
-def hub_and_counters(model: nn.Module) -> tuple[Hub, Tensor]:
-    """What install() gave a model; EnvironmentFault if its attention is not ours."""
-    for module in model.modules():
-        hub: Hub | None = getattr(module, "llmsqueeze_hub", None)
-        if hub is not None and model.config._attn_implementation == _NAME:
-            return hub, module.llmsqueeze_counters
+def over_tiles(model: nn.Module) -> tuple[Hub, Tensor]:
+    """install() for a cache in tiles: what that works with. EnvironmentFault if attention is not ours."""
+    config: Any = model.config
+    if config._attn_implementation in (_BASE, _NAME):
+        install(model)
+        for module in model.modules():
+            if hasattr(module, "llmsqueeze_hub"):
+                return module.llmsqueeze_hub, module.llmsqueeze_counters
     raise EnvironmentFault(
         "this model's attention is not transformers' sdpa, and cannot attend over a cache in tiles"
     )

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.runtime import attention
 from llmsqueeze.runtime.kv_cache import LayerFormat
-from llmsqueeze.runtime.tiles import tiled_layers
+from llmsqueeze.runtime.tiles import TiledLayer, tiled_layers
 
 # Before a step is captured it runs as it is: kernels are compiled, and libraries take their workspaces.
 _WARM_STEPS = 3
@@ -38,16 +38,14 @@ class Decoder:
         self.model = model
         self.length = length
         self.device = next(model.parameters()).device
-        if formats:
-            attention.install(model)
-        else:
+        if not formats:
             attention.accept(model)
         # All layers as long as the text, those of sliding attention too: transformers' own for those decide
         # in Python whether the window is full, which a graph would remember. The mask hides what slid out.
         count = model.config.get_text_config(decoder=True).num_hidden_layers
         layers = [StaticLayer(max_cache_len=length) for _ in range(count)]
         if formats:
-            found = tiled_layers(model, formats, length, *attention.hub_and_counters(model))
+            found = tiled_layers(model, formats, length, *attention.over_tiles(model))
             layers = [found.get(index, layer) for index, layer in enumerate(layers)]
         self.cache = Cache(layers=layers)
         parameters = inspect.signature(model.forward).parameters
@@ -60,6 +58,17 @@ class Decoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         if self.device.type == "cuda":
             self._capture()
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Of so many cached tokens, which a step behind them reads; the cache must have been used."""
+        total = 0
+        for layer in self.cache.layers:
+            if isinstance(layer, TiledLayer):
+                total += layer.nbytes * tokens // layer.max_cache_len
+            else:
+                held = layer.keys.nbytes + layer.values.nbytes
+                total += held * tokens // self.length
+        return total
 
     @torch.no_grad()
     def generate(self, prompt: Tensor, count: int) -> Iterator[Tensor]:
