@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmsqueeze.errors import EnvironmentFault
+import llmsqueeze
+from llmsqueeze.errors import EnvironmentFault, RecipeError
 from llmsqueeze.evaluate import cache_options
+from llmsqueeze.runtime import kv_cache
 from llmsqueeze.runtime.generate import Decoder
 from llmsqueeze.runtime.kv_cache import LayerFormat, packed_cache, parse_format
 from llmsqueeze.runtime.tiles import TiledLayer
@@ -114,3 +116,24 @@ def test_what_does_not_fit_is_refused() -> None:
         model(PROMPT[None, :5], **options)
         with pytest.raises(RuntimeError, match="one piece"):
             model(PROMPT[None, 5:9], **options)
+
+
+def test_generate_takes_it() -> None:
+    model, format = wide_model(), format_of("kvquant:4", 2)
+    kv_cache.attach(model, dict.fromkeys(range(model.config.num_hidden_layers), format))
+    decoder = Decoder(model, 64, formats=model.llmsqueeze_kv_formats)
+    expected = [int(token) for token in decoder.generate(PROMPT, 8)]
+    cache = llmsqueeze.kv_cache(model, tokens=64)
+    options = cache_options(model, cache) | {"do_sample": False, "eos_token_id": None}
+    found = model.generate(PROMPT[None], max_new_tokens=8, **options)
+    assert found[0, len(PROMPT) :].tolist() == expected
+    both = torch.stack([PROMPT, PROMPT.flip(0)])
+    options |= cache_options(model, llmsqueeze.kv_cache(model, tokens=64))
+    assert model.generate(both, max_new_tokens=8, **options)[0, len(PROMPT) :].tolist() == expected
+    padded = torch.ones_like(both)
+    padded[0, :3] = 0
+    options |= cache_options(model, llmsqueeze.kv_cache(model, tokens=64))
+    with pytest.raises(EnvironmentFault, match="without padding"):
+        model.generate(both, attention_mask=padded, max_new_tokens=2, **options)
+    with pytest.raises(RecipeError, match="quantize-kv"):
+        llmsqueeze.kv_cache(wide_model(), tokens=64)

@@ -71,7 +71,7 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: by the kernel where it can, else by its own."""
     plain = not dropout and all(rest.get(name) is None for name in _CHANGES)
-    layer = _tiled(module)
+    layer = _tiled(module, mask)
     if layer is not None:
         if not plain:
             raise EnvironmentFault("no kernel for this model's attention attends over tiles")
@@ -88,11 +88,12 @@ def attend(
     return found
 
 
-def _tiled(module: nn.Module) -> TiledLayer | None:
-    """The cache that was updated just now, if it lies in tiles."""
-    hub = getattr(module, "llmsqueeze_hub", None)
+def _tiled(module: nn.Module, mask: Tensor | None) -> TiledLayer | None:
+    """The cache that was updated with one token just now, if it lies in tiles."""
+    hub: Hub | None = getattr(module, "llmsqueeze_hub", None)
     if hub is None:
         return None
-    layer: TiledLayer | None = hub.active
-    hub.active = None
+    if hub.prompt and mask is not None:
+        raise EnvironmentFault("a cache in tiles takes prompts of one length, without padding")
+    layer, hub.active, hub.prompt = hub.active, None, False
     return layer

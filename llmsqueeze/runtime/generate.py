@@ -19,6 +19,18 @@ from llmsqueeze.runtime.tiles import TiledLayer, tiled_layers
 _WARM_STEPS = 3
 
 
+def fixed_cache(model: nn.Module, length: int, formats: Mapping[int, LayerFormat]) -> Cache:
+    """A cache of so many tokens that stays where it is; formats: of the layers that lie in tiles."""
+    # All layers as long as the text, those of sliding attention too: transformers' own for those decide
+    # in Python whether the window is full, which a graph would remember. The mask hides what slid out.
+    count = model.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[union-attr]
+    layers: list[Any] = [StaticLayer(max_cache_len=length) for _ in range(count)]
+    if formats:
+        found = tiled_layers(model, formats, length, *attention.over_tiles(model))
+        layers = [found.get(index, layer) for index, layer in enumerate(layers)]
+    return Cache(layers=layers)
+
+
 class Decoder:
     """Generates one token after another with a causal language model, batch 1.
 
@@ -38,16 +50,8 @@ class Decoder:
         self.model = model
         self.length = length
         self.device = next(model.parameters()).device
-        if not formats:
-            attention.accept(model)
-        # All layers as long as the text, those of sliding attention too: transformers' own for those decide
-        # in Python whether the window is full, which a graph would remember. The mask hides what slid out.
-        count = model.config.get_text_config(decoder=True).num_hidden_layers
-        layers = [StaticLayer(max_cache_len=length) for _ in range(count)]
-        if formats:
-            found = tiled_layers(model, formats, length, *attention.over_tiles(model))
-            layers = [found.get(index, layer) for index, layer in enumerate(layers)]
-        self.cache = Cache(layers=layers)
+        attention.accept(model)
+        self.cache = fixed_cache(model, length, formats or {})
         parameters = inspect.signature(model.forward).parameters
         # Renamed in transformers 5.24.
         self._options = {"cache" if "cache" in parameters else "past_key_values": self.cache}

@@ -29,10 +29,14 @@ _AT_ONCE = 2048
 
 
 class Hub:
-    """Where a cache tells the attention that is called next that its keys lie in tiles. One to a model."""
+    """Where a cache tells the attention that is called next that its keys lie in tiles. One to a model.
+
+    prompt: that it took a prompt, whose attention may hide nothing but what is to come.
+    """
 
     def __init__(self) -> None:
         self.active: TiledLayer | None = None
+        self.prompt = False
 
 
 @dataclass
@@ -131,7 +135,7 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
         self.filled = False
         if self.owner:
             self.shared.length.zero_()
-            self.shared.hub.active = None
+            self.shared.hub.active, self.shared.hub.prompt = None, False
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +150,7 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
             raise RuntimeError(
                 "a cache in tiles takes a prompt as one piece, then tokens one by one"
             )
-        self.filled = True
+        self.filled = self.shared.hub.prompt = True
         count = key_states.shape[2]
         if count > self.max_cache_len:
             raise ValueError(f"{count} tokens do not fit a cache of {self.max_cache_len}")
@@ -206,7 +210,7 @@ def tiled_layers(
         cos, sin = _table(rope, tokens, device)
     length = torch.zeros(1, dtype=torch.int32, device=device)
     shared = Shared(hub, length, counters, cos, sin)
-    hub.active = None
+    hub.active, hub.prompt = None, False
     rotary = 0 if cos is None else cos.shape[-1]
     return {
         index: TiledLayer(
