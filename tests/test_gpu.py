@@ -545,3 +545,72 @@ def test_a_graph_attends_over_a_cache_that_grows() -> None:
         kv_tiles.write(case.tiles, case.format, torch.tensor([0]).cuda(), *some)
         graph.replay()
         assert _off(y, kv_attend(q.float(), *given[1:]).double()) < 5e-3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_tokens_are_coded_into_tiles_as_on_the_cpu(case: int) -> None:
+    from llmsqueeze.numerics.kv_tiles import TileFormat, read, read_fields
+    from tests.test_kv_append import CASES, COUNT, HEADS, codecs, constants, one_by_one
+
+    kind, bits, width, slots = CASES[case]
+    keys, values = codecs(kind, bits, width, slots)
+    rotary = width if keys.pre_rope else 0
+    format = TileFormat.of(keys, values, width, rotary)
+    assert format is not None
+    key, value = torch.randn(2, 2, HEADS, COUNT, width).bfloat16()
+    padding = torch.tensor([0, 5], dtype=torch.int32)
+    found = []
+    for device in ("cpu", "cuda"):
+        tiles = format.empty(2, HEADS, COUNT, torch.device(device))
+        known = constants(keys, values, format, tiles.shape[2], device)
+        sinks = torch.zeros(2, 2, HEADS, 4, width, device=device).bfloat16()
+        one_by_one(
+            key.to(device), value.to(device), tiles, format, known, padding.to(device),
+            (sinks[0], sinks[1]),
+        )  # fmt: skip
+        found.append((tiles.cpu(), sinks.cpu()))
+    assert torch.equal(found[0][1], found[1][1])
+    fields = [read_fields(tiles, format) for tiles, _ in found]
+    # Computed in fp32 instead of fp64: what lies at a border may be coded to either side.
+    assert float((fields[0].keys != fields[1].keys).float().mean()) < 4e-3
+    # Of outliers as far from the middle as one another either may be taken: what comes back is as near.
+    exact = value.double()
+    decoded = [
+        values.decode(read(tiles, format, COUNT)[1], width, torch.float64) for tiles, _ in found
+    ]
+    errors = [float((d - exact).norm()) for d in decoded]
+    assert abs(errors[0] - errors[1]) < 0.02 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["fp8", "rotate:4", "rotate:3", "kvquant:4", "kvquant:3", "plain:4"]
+)
+def test_a_cache_in_tiles_decodes_in_a_graph(name: str) -> None:
+    from llmsqueeze.runtime.generate import Decoder
+    from llmsqueeze.runtime.kv_cache import packed_cache
+    from tests.test_tiles import PROMPT, format_of, stepwise, wide_model
+
+    model = wide_model().to(torch.float16).cuda()
+    calibrated = name.partition(":")[0] in ("kvquant", "plain")
+    formats = dict.fromkeys(
+        range(model.config.num_hidden_layers), format_of(name, 2 if calibrated else 0)
+    )
+    formats = {layer: format.to(torch.device("cuda")) for layer, format in formats.items()}
+    ids = PROMPT.cuda()
+    with torch.no_grad():
+        exact = model(ids[None]).logits[0].float()
+    expected = stepwise(model, packed_cache(model, formats), ids).float()
+    model.set_attn_implementation("sdpa")
+    decoder = Decoder(model, 64, formats=formats)
+    decoder.cache.reset()
+    found = stepwise(model, decoder.cache, ids).float()
+    assert float((found - expected).norm()) < 0.5 * float((expected - exact).norm()) + 0.01
+    twice = [[int(token) for token in decoder.generate(PROMPT, 12)] for _ in range(2)]
+    assert twice[0] == twice[1] and twice[0][0] == int(exact[-1].argmax())
+    options = {"do_sample": False, "eos_token_id": None}
+    from llmsqueeze.evaluate import cache_options
+    from llmsqueeze.runtime.generate import fixed_cache
+
+    options |= cache_options(model, fixed_cache(model, 64, formats))
+    generated = model.generate(ids[None], max_new_tokens=12, **options)[0, len(ids) :]
+    assert generated[:3].tolist() == twice[0][:3]
