@@ -3,96 +3,62 @@
 // values: bf16, fp16 or fp32 (KIND 0, 1, 2); mask: [rows][ceil(columns / 8)] bytes, bit j % 8 of byte j / 8 is column j;
 // offsets: [rows + 1], where rows begin in values. x: [tokens][columns], y: [tokens][rows], fp32 as all sums are.
 //
-// A row is expanded 32 columns at a time in registers, and each piece meets up to four tokens. bf16 becomes fp32 by
+// A row is expanded 32 columns at a time in registers, and each piece meets a few tokens. bf16 becomes fp32 by
 // its place in a word: columns of even number and of odd number, which x is divided into beforehand.
 
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define X86 1
-#include <immintrin.h>
-#else
-#define X86 0
-#endif
+#include "cpu.h"
 
 namespace {
 
-enum Kind { BF16, FP16, FP32 };
-enum Isa { PORTABLE, AVX2 };
+constexpr int64_t GROUP = 64;  // columns that x is filled up to
+constexpr int64_t PIECE = 32;  // columns that are expanded together
+constexpr int MOST = 8;        // tokens whose sums stay in registers, at most
+constexpr int64_t FAR = 2048;  // bytes of values that are asked for ahead
 
-constexpr int64_t GROUP = 32;    // columns that x is filled up to
-constexpr int64_t MARGIN = 32;   // values that may be read behind a row's last
-constexpr int TOGETHER = 4;      // tokens whose sums stay in registers
-constexpr int FAR = 2048;        // bytes of values that are asked for ahead
-
-float half_to_float(uint16_t bits) {
-    const uint32_t sign = (uint32_t)(bits & 0x8000) << 16;
-    uint32_t exponent = bits >> 10 & 31, fraction = bits & 1023, word;
-    if (exponent == 31) {
-        word = sign | 0x7f800000 | fraction << 13;
-    } else if (exponent) {
-        word = sign | (exponent + 112) << 23 | fraction << 13;
-    } else {
-        const float tiny = (float)fraction * 5.9604644775390625e-8f;  // 2^-24
-        return sign ? -tiny : tiny;
-    }
-    float result;
-    std::memcpy(&result, &word, 4);
-    return result;
-}
-
-float value_at(const void* values, int64_t index, int kind) {
-    if (kind == FP32) return ((const float*)values)[index];
-    const uint16_t bits = ((const uint16_t*)values)[index];
-    if (kind == FP16) return half_to_float(bits);
-    const uint32_t word = (uint32_t)bits << 16;
-    float result;
-    std::memcpy(&result, &word, 4);
-    return result;
-}
-
-// One row times some tokens. x: as `arrange` leaves it; bytes: of the row's mask.
+// One row times some tokens. x: as `arrange` leaves it; bytes: of the row's mask. Where weights are not MASKED, all are
+// there, the mask is not read, and bytes are divisible by 8.
 using Row = void (*)(const void* values, const uint8_t* mask, const float* x, int64_t pitch, int64_t bytes, int tokens,
                      float* sums);
 
-template <int KIND>
+template <int KIND, bool MASKED>
 void row_portable(const void* values, const uint8_t* mask, const float* x, int64_t pitch, int64_t bytes, int tokens,
                   float* sums) {
     int64_t next = 0;
-    for (int t = 0; t < tokens; t++) sums[t] = 0;
+    float parts[MOST][8] = {};  // one long sum would lose more in rounding
     for (int64_t byte = 0; byte < bytes; byte++)
         for (int bit = 0; bit < 8; bit++) {
             // Zeros are multiplied too: what is no number shows, as in a dense product.
-            const float w = mask[byte] >> bit & 1 ? value_at(values, next++, KIND) : 0;
-            for (int t = 0; t < tokens; t++) sums[t] += w * x[t * pitch + byte * 8 + bit];
+            const float w = !MASKED || mask[byte] >> bit & 1 ? value_at(values, next++, KIND) : 0;
+            for (int t = 0; t < tokens; t++) parts[t][bit] += w * x[t * pitch + byte * 8 + bit];
         }
+    for (int t = 0; t < tokens; t++) {
+        sums[t] = 0;
+        for (const float part : parts[t]) sums[t] += part;
+    }
+}
+
+// Some columns of a row, divisible by 32, made dense: in fp32, or as they are. Returns what follows their values.
+using Expand = const void* (*)(const void* from, const uint8_t* mask, void* y, int64_t columns);
+
+template <int KIND, bool WIDE>
+const void* expand_portable(const void* from, const uint8_t* mask, void* y, int64_t columns) {
+    constexpr int SIZE = KIND == FP32 ? 4 : 2;
+    for (int64_t c = 0; c < columns; c++) {
+        const bool here = mask[c / 8] >> (c % 8) & 1;
+        if (WIDE) {
+            ((float*)y)[c] = here ? value_at(from, 0, KIND) : 0;
+        } else {
+            std::memset((char*)y + c * SIZE, 0, SIZE);
+            if (here) std::memcpy((char*)y + c * SIZE, from, SIZE);
+        }
+        from = (const char*)from + here * SIZE;
+    }
+    return from;
 }
 
 #if X86
-
-// For a byte of the mask: where each of eight places finds its value among those that follow, 0xff for none.
-struct Places {
-    alignas(64) uint8_t halves[256][16];  // for values of 2 bytes
-    alignas(64) uint8_t words[256][8];    // for values of 4 bytes
-    Places() {
-        for (int byte = 0; byte < 256; byte++) {
-            int next = 0;
-            for (int bit = 0; bit < 8; bit++) {
-                const bool here = byte >> bit & 1;
-                halves[byte][2 * bit] = here ? 2 * next : 0xff;
-                halves[byte][2 * bit + 1] = here ? 2 * next + 1 : 0xff;
-                words[byte][bit] = here ? next : 0;
-                next += here;
-            }
-        }
-    }
-};
-const Places places;
-
-#define WITH_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
 
 WITH_AVX2 inline float total(__m256 v) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -100,65 +66,23 @@ WITH_AVX2 inline float total(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
 
-WITH_AVX2 inline __m128i expand8(const uint16_t* from, size_t byte) {
-    return _mm_shuffle_epi8(_mm_loadu_si128((const __m128i*)from), _mm_load_si128((const __m128i*)places.halves[byte]));
-}
-
-template <int KIND, int TOKENS>
+template <int KIND, bool MASKED, int TOKENS>
 WITH_AVX2 void row_avx2(const void* values, const uint8_t* mask, const float* x, int64_t pitch, int64_t bytes, int,
                         float* sums) {
     constexpr int CHAINS = TOKENS == 1 ? 4 : 2;
     __m256 sum[TOKENS][CHAINS];
     for (int t = 0; t < TOKENS; t++)
         for (int c = 0; c < CHAINS; c++) sum[t][c] = _mm256_setzero_ps();
-    const __m256i odd = _mm256_set1_epi32((int)0xffff0000), bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-    const uint16_t* half = (const uint16_t*)values;
-    const float* word = (const float*)values;
     for (int64_t byte = 0; byte < bytes; byte += 4) {
         const uint8_t* m = mask + byte;
         uint8_t last[4] = {0, 0, 0, 0};
-        if (byte + 4 > bytes) {  // nothing is read behind the mask
+        if (MASKED && byte + 4 > bytes) {  // nothing is read behind the mask
             std::memcpy(last, m, bytes - byte);
             m = last;
         }
-        // Byte after byte: few instructions are what this loop lives on.
-        const size_t m0 = m[0], m1 = m[1], m2 = m[2], m3 = m[3];
-        const int n0 = _mm_popcnt_u32(m0), n1 = _mm_popcnt_u32(m1), n2 = _mm_popcnt_u32(m2), n3 = _mm_popcnt_u32(m3);
-        _mm_prefetch((const char*)(KIND == FP32 ? (const void*)word : (const void*)half) + FAR, _MM_HINT_T0);
+        _mm_prefetch((const char*)values + FAR, _MM_HINT_T0);
         __m256 w[4];
-        if (KIND == FP32) {
-            const float* begin[4] = {word, word + n0, word + n0 + n1, word + n0 + n1 + n2};
-            const size_t here[4] = {m0, m1, m2, m3};
-            for (int i = 0; i < 4; i++) {
-                const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)places.words[here[i]]));
-                const __m256i kept = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32((int)here[i]), bits), bits);
-                const __m256 found = _mm256_permutevar8x32_ps(_mm256_loadu_ps(begin[i]), index);
-                w[i] = _mm256_and_ps(found, _mm256_castsi256_ps(kept));
-            }
-            word = begin[3] + n3;
-        } else {
-            const __m128i a = expand8(half, m0);
-            half += n0;
-            const __m128i b = expand8(half, m1);
-            half += n1;
-            const __m128i c = expand8(half, m2);
-            half += n2;
-            const __m128i d = expand8(half, m3);
-            half += n3;
-            if (KIND == FP16) {
-                w[0] = _mm256_cvtph_ps(a);
-                w[1] = _mm256_cvtph_ps(b);
-                w[2] = _mm256_cvtph_ps(c);
-                w[3] = _mm256_cvtph_ps(d);
-            } else {
-                const __m256i left = _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1),
-                              right = _mm256_inserti128_si256(_mm256_castsi128_si256(c), d, 1);
-                w[0] = _mm256_castsi256_ps(_mm256_slli_epi32(left, 16));
-                w[1] = _mm256_castsi256_ps(_mm256_slli_epi32(right, 16));
-                w[2] = _mm256_castsi256_ps(_mm256_and_si256(left, odd));
-                w[3] = _mm256_castsi256_ps(_mm256_and_si256(right, odd));
-            }
-        }
+        values = MASKED ? expand32_avx2<KIND>(values, m, w) : load32_avx2<KIND>(values, w);
         const float* from = x + byte * 8;
         for (int t = 0; t < TOKENS; t++)
             for (int i = 0; i < 4; i++)
@@ -170,23 +94,125 @@ WITH_AVX2 void row_avx2(const void* values, const uint8_t* mask, const float* x,
     }
 }
 
-template <int KIND>
+template <int KIND, bool MASKED, int TOKENS>
+WITH_AVX512 void row_avx512(const void* values, const uint8_t* mask, const float* x, int64_t pitch, int64_t bytes, int,
+                            float* sums) {
+    constexpr int CHAINS = TOKENS <= 4 ? 4 : 2;
+    __m512 sum[TOKENS][CHAINS];
+    for (int t = 0; t < TOKENS; t++)
+        for (int c = 0; c < CHAINS; c++) sum[t][c] = _mm512_setzero_ps();
+    for (int64_t byte = 0; byte < bytes; byte += 8) {
+        uint64_t m = 0;
+        if (MASKED && byte + 8 <= bytes)
+            std::memcpy(&m, mask + byte, 8);
+        else if (MASKED)
+            std::memcpy(&m, mask + byte, bytes - byte);
+        _mm_prefetch((const char*)values + FAR, _MM_HINT_T0);
+        if (KIND == FP32) _mm_prefetch((const char*)values + FAR + 64, _MM_HINT_T0);
+        const float* from = x + byte * 8;
+        for (int half = 0; half < 2; half++) {
+            __m512 w[2];
+            values = MASKED ? expand32_avx512<KIND>(values, (uint32_t)(m >> 32 * half), w)
+                            : load32_avx512<KIND>(values, w);
+            for (int t = 0; t < TOKENS; t++)
+                for (int i = 0; i < 2; i++) {
+                    __m512& into = sum[t][(2 * half + i) % CHAINS];
+                    into = _mm512_fmadd_ps(w[i], _mm512_loadu_ps(from + t * pitch + 32 * half + 16 * i), into);
+                }
+        }
+    }
+    for (int t = 0; t < TOKENS; t++) {
+        for (int c = 1; c < CHAINS; c++) sum[t][0] = _mm512_add_ps(sum[t][0], sum[t][c]);
+        sums[t] = _mm512_reduce_add_ps(sum[t][0]);
+    }
+}
+
+template <int KIND, bool MASKED>
 Row row_of(int isa, int tokens) {
-    static const Row avx2[] = {row_avx2<KIND, 1>, row_avx2<KIND, 2>, row_avx2<KIND, 3>, row_avx2<KIND, 4>};
-    return isa == AVX2 ? avx2[tokens - 1] : row_portable<KIND>;
+    static const Row avx2[] = {row_avx2<KIND, MASKED, 1>, row_avx2<KIND, MASKED, 2>, row_avx2<KIND, MASKED, 3>,
+                               row_avx2<KIND, MASKED, 4>};
+    static const Row avx512[] = {row_avx512<KIND, MASKED, 1>, row_avx512<KIND, MASKED, 2>, row_avx512<KIND, MASKED, 3>,
+                                 row_avx512<KIND, MASKED, 4>, row_avx512<KIND, MASKED, 5>, row_avx512<KIND, MASKED, 6>,
+                                 row_avx512<KIND, MASKED, 7>, row_avx512<KIND, MASKED, 8>};
+    return isa == AVX512 ? avx512[tokens - 1] : isa == AVX2 ? avx2[tokens - 1] : row_portable<KIND, MASKED>;
+}
+
+template <int KIND, bool WIDE>
+WITH_AVX2 const void* expand_avx2(const void* from, const uint8_t* mask, void* y, int64_t columns) {
+    for (int64_t c = 0; c < columns; c += 8) {
+        const size_t m = mask[c / 8];
+        if (KIND == FP32) {
+            _mm256_storeu_ps((float*)y + c, expand8((const float*)from, m));
+            from = (const float*)from + _mm_popcnt_u32(m);
+            continue;
+        }
+        const __m128i found = expand8((const uint16_t*)from, m);
+        from = (const uint16_t*)from + _mm_popcnt_u32(m);
+        if (!WIDE)
+            _mm_storeu_si128((__m128i*)((uint16_t*)y + c), found);
+        else if (KIND == FP16)
+            _mm256_storeu_ps((float*)y + c, _mm256_cvtph_ps(found));
+        else
+            _mm256_storeu_si256((__m256i*)((float*)y + c), _mm256_slli_epi32(_mm256_cvtepu16_epi32(found), 16));
+    }
+    return from;
+}
+
+template <int KIND, bool WIDE>
+WITH_AVX512 const void* expand_avx512(const void* from, const uint8_t* mask, void* y, int64_t columns) {
+    for (int64_t c = 0; c < columns; c += 32) {
+        uint32_t m;
+        std::memcpy(&m, mask + c / 8, 4);
+        if (KIND == BF16 || !WIDE) {
+            const __m512i found = _mm512_maskz_expand_epi16(m, _mm512_loadu_si512(from));
+            from = (const uint16_t*)from + _mm_popcnt_u32(m);
+            if (!WIDE) {
+                _mm512_storeu_si512((uint16_t*)y + c, found);
+                continue;
+            }
+            const __m256i low = _mm512_castsi512_si256(found), high = _mm512_extracti64x4_epi64(found, 1);
+            _mm512_storeu_si512((float*)y + c, _mm512_slli_epi32(_mm512_cvtepu16_epi32(low), 16));
+            _mm512_storeu_si512((float*)y + c + 16, _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+            continue;
+        }
+        __m512 w[2];
+        from = expand32_avx512<KIND>(from, m, w);
+        _mm512_storeu_ps((float*)y + c, w[0]);
+        _mm512_storeu_ps((float*)y + c + 16, w[1]);
+    }
+    return from;
+}
+
+template <int KIND, bool WIDE>
+Expand expand_of(int isa) {
+    return isa == AVX512 ? expand_avx512<KIND, WIDE> : isa == AVX2 ? expand_avx2<KIND, WIDE> : expand_portable<KIND, WIDE>;
 }
 
 #else
 
-template <int KIND>
+template <int KIND, bool MASKED>
 Row row_of(int, int) {
-    return row_portable<KIND>;
+    return row_portable<KIND, MASKED>;
+}
+
+template <int KIND, bool WIDE>
+Expand expand_of(int) {
+    return expand_portable<KIND, WIDE>;
 }
 
 #endif
 
+template <bool MASKED>
 Row row_for(int kind, int isa, int tokens) {
-    return kind == BF16 ? row_of<BF16>(isa, tokens) : kind == FP16 ? row_of<FP16>(isa, tokens) : row_of<FP32>(isa, tokens);
+    return kind == BF16   ? row_of<BF16, MASKED>(isa, tokens)
+           : kind == FP16 ? row_of<FP16, MASKED>(isa, tokens)
+                          : row_of<FP32, MASKED>(isa, tokens);
+}
+
+Expand expand_for(int kind, int isa, bool wide) {
+    if (kind == BF16) return wide ? expand_of<BF16, true>(isa) : expand_of<BF16, false>(isa);
+    if (kind == FP16) return wide ? expand_of<FP16, true>(isa) : expand_of<FP16, false>(isa);
+    return expand_of<FP32, true>(isa);
 }
 
 int best_isa() {
@@ -194,19 +220,36 @@ int best_isa() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt") &&
         __builtin_cpu_supports("f16c"))
-        return AVX2;
+        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2")
+                   ? AVX512
+                   : AVX2;
 #endif
     return PORTABLE;
+}
+
+int64_t rows_at_a_time(int64_t rows, int threads) {
+    const int64_t part = rows / (16 * (int64_t)threads);
+    return part < 8 ? 8 : part;
 }
 
 // x filled up with zeros; of 32 columns the even ones, then the odd ones, for bf16 in registers.
 std::vector<float> arrange(const float* x, int64_t tokens, int64_t columns, int64_t pitch, bool by_turns) {
     std::vector<float> found(tokens * pitch);
-    for (int64_t t = 0; t < tokens; t++)
-        for (int64_t c = 0; c < columns; c++) {
-            const int64_t in = c % GROUP, to = by_turns ? c - in + in % 2 * (GROUP / 2) + in / 2 : c;
-            found[t * pitch + to] = x[t * columns + c];
+    for (int64_t t = 0; t < tokens; t++) {
+        const float* from = x + t * columns;
+        float* to = found.data() + t * pitch;
+        const int64_t whole = by_turns ? columns / PIECE * PIECE : 0;
+        for (int64_t c = 0; c < whole; c += PIECE)
+            for (int64_t i = 0; i < PIECE / 2; i++) {
+                to[c + i] = from[c + 2 * i];
+                to[c + PIECE / 2 + i] = from[c + 2 * i + 1];
+            }
+        for (int64_t c = whole; c < columns; c++) {
+            const int64_t in = c - whole;
+            to[by_turns ? whole + in % 2 * (PIECE / 2) + in / 2 : c] = from[c];
         }
+    }
     return found;
 }
 
@@ -214,7 +257,8 @@ std::vector<float> arrange(const float* x, int64_t tokens, int64_t columns, int6
 
 extern "C" {
 
-// The best instruction set of this machine that there is code for: 0 portable, 1 AVX2 with FMA and F16C.
+// The best instruction set of this machine that there is code for: 0 portable, 1 AVX2 with FMA and F16C, 2 AVX-512
+// with VBMI2.
 int llmsqueeze_isa() { return best_isa(); }
 
 // isa: not beyond llmsqueeze_isa(). bias: [rows] fp32 or null.
@@ -222,10 +266,11 @@ void llmsqueeze_bitmask_linear(const void* values, const uint8_t* mask, const in
                                const float* x, float* y, int64_t rows, int64_t columns, int64_t tokens, int kind,
                                int isa, int threads) {
     const int64_t bytes = (columns + 7) / 8, pitch = (columns + GROUP - 1) / GROUP * GROUP;
-    const int size = kind == FP32 ? 4 : 2;
+    const int size = size_of(kind), together = isa == AVX512 ? MOST : MOST / 2;
     const std::vector<float> seen = arrange(x, tokens, columns, pitch, kind == BF16 && isa != PORTABLE);
-    const int64_t all = offsets[rows];
-#pragma omp parallel for num_threads(threads) schedule(static)
+    const int64_t all = offsets[rows], turn = rows_at_a_time(rows, threads);
+    // In turns: some cores are slower, or have other work.
+#pragma omp parallel for num_threads(threads) schedule(dynamic, turn)
     for (int64_t row = 0; row < rows; row++) {
         const int64_t begin = offsets[row], end = offsets[row + 1];
         const char* from = (const char*)values + begin * size;
@@ -235,25 +280,62 @@ void llmsqueeze_bitmask_linear(const void* values, const uint8_t* mask, const in
             std::memcpy(copy.data(), from, (end - begin) * size);
             from = copy.data();
         }
-        for (int64_t first = 0; first < tokens; first += TOGETHER) {
-            const int some = (int)(tokens - first < TOGETHER ? tokens - first : TOGETHER);
-            float sums[TOGETHER];
-            row_for(kind, isa, some)(from, mask + row * bytes, seen.data() + first * pitch, pitch, bytes, some, sums);
+        for (int64_t first = 0; first < tokens; first += together) {
+            const int some = (int)(tokens - first < together ? tokens - first : together);
+            float sums[MOST];
+            row_for<true>(kind, isa, some)(from, mask + row * bytes, seen.data() + first * pitch, pitch, bytes, some, sums);
             for (int t = 0; t < some; t++) y[(first + t) * rows + row] = sums[t] + (bias ? bias[row] : 0);
         }
     }
 }
 
-// Rows of W, dense: y is [rows][columns] fp32. offsets: of these rows, the first of which need not be 0.
-void llmsqueeze_bitmask_expand(const void* values, const uint8_t* mask, const int32_t* offsets, float* y, int64_t rows,
-                               int64_t columns, int kind, int threads) {
-    const int64_t bytes = (columns + 7) / 8;
-#pragma omp parallel for num_threads(threads) schedule(static)
+// The same for weights that are all there: [rows][columns].
+void llmsqueeze_dense_linear(const void* weight, const float* bias, const float* x, float* y, int64_t rows,
+                             int64_t columns, int64_t tokens, int kind, int isa, int threads) {
+    const int64_t whole = columns / GROUP * GROUP, pitch = (columns + GROUP - 1) / GROUP * GROUP;
+    const int size = size_of(kind), together = isa == AVX512 ? MOST : MOST / 2;
+    const std::vector<float> seen = arrange(x, tokens, columns, pitch, kind == BF16 && isa != PORTABLE);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, rows_at_a_time(rows, threads))
     for (int64_t row = 0; row < rows; row++) {
-        int64_t next = offsets[row];
-        for (int64_t c = 0; c < columns; c++) {
-            const bool here = mask[row * bytes + c / 8] >> (c % 8) & 1;
-            y[row * columns + c] = here ? value_at(values, next, kind) : 0;
+        const char* from = (const char*)weight + row * columns * size;
+        for (int64_t first = 0; first < tokens; first += together) {
+            const int some = (int)(tokens - first < together ? tokens - first : together);
+            float sums[MOST];
+            row_for<false>(kind, isa, some)(from, nullptr, seen.data() + first * pitch, pitch, whole / 8, some, sums);
+            for (int t = 0; t < some; t++) {
+                // Nothing is read behind the last weight.
+                for (int64_t c = whole; c < columns; c++) sums[t] += value_at(from, c, kind) * x[(first + t) * columns + c];
+                y[(first + t) * rows + row] = sums[t] + (bias ? bias[row] : 0);
+            }
+        }
+    }
+}
+
+// Rows of W, dense: y is [rows][columns], in fp32 or, if it is not wide, in the kind of the values. offsets: of these
+// rows, the first of which need not be 0; all: how many values there are.
+void llmsqueeze_bitmask_expand(const void* values, const uint8_t* mask, const int32_t* offsets, void* y, int64_t rows,
+                               int64_t columns, int64_t all, int kind, int wide, int isa, int threads) {
+    const int64_t bytes = (columns + 7) / 8, size = size_of(kind), to = wide ? 4 : size;
+    const Expand expand = expand_for(kind, isa, wide != 0);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, rows_at_a_time(rows, threads))
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t begin = offsets[row], end = offsets[row + 1];
+        const uint8_t* m = mask + row * bytes;
+        char* into = (char*)y + row * columns * to;
+        // What would be read behind the last value of all, or written behind the row, goes one by one.
+        int64_t done = end + MARGIN > all ? 0 : columns / PIECE * PIECE, next = begin;
+        const void* from = (const char*)values + begin * size;
+        from = expand(from, m, into, done);
+        next = ((const char*)from - (const char*)values) / size;
+        for (int64_t c = done; c < columns; c++) {
+            const bool here = m[c / 8] >> (c % 8) & 1;
+            if (wide) {
+                ((float*)into)[c] = here ? value_at(values, next, kind) : 0;
+            } else if (here) {
+                std::memcpy(into + c * size, (const char*)values + next * size, size);
+            } else {
+                std::memset(into + c * size, 0, size);
+            }
             next += here;
         }
     }

@@ -6,7 +6,7 @@
 // first:  [slices + 1], blocks of a warp before each slice, or null where all have `blocks`.
 // order:  [slices · rows of one], which row a place in a slice is (-1: none), or null for the identity.
 // x: [tokens, columns]; y: [tokens, rows], or with glu [tokens, rows / 2], see swiglu: then 16 rows each are in
-// order; bias: [rows] or null.
+// order; bias: [rows], or [tokens, rows] where bias_step is `rows` and not 0, or null.
 //
 // Macros: GAP bits a gap; PARTS lanes share a row; TOKENS 1, 2 or 4, of which `tokens` are real; WARPS
 // at most; BLOCKS that fit a multiprocessor. Sums are fp32, in an order that depends on the shape alone.
@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gaps(const uint4* __restrict__ stream, const u16* __restrict__ starts, const int* __restrict__ first,
      const int* __restrict__ order, const u16* __restrict__ x, u16* __restrict__ y,
      const u16* __restrict__ bias, int rows, int columns, int padded, int tokens, int blocks,
-     int glu) {
+     int glu, int bias_step) {
     extern __shared__ uint4 shared[];
     __shared__ float parts[WARPS][ROWS];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
@@ -127,7 +127,7 @@ gaps(const uint4* __restrict__ stream, const u16* __restrict__ starts, const int
             const int place = slice * ROWS + threadIdx.x;
             const int row = order ? order[place] : place;
             auto all = [&](int further) {
-                float sum = bias ? widen(bias[row + further]) : 0;
+                float sum = bias ? widen(bias[(size_t)t * bias_step + row + further]) : 0;
                 for (int w = 0; w < warps; w++) sum += parts[w][threadIdx.x + further];
                 return sum;
             };

@@ -4,7 +4,7 @@
 // blocks of a slice in turns, so that all of them are about where the slowest row is; columns that every row
 // has passed are multiplied and made zero again.
 //
-// stream, starts, first, order, x, y, bias, glu: as in gaps.cu; layout_warps: that the stream is divided for. A block
+// stream, starts, first, order, x, y, bias, glu, bias_step: as in gaps.cu; layout_warps: that the stream is divided for. A block
 // of this kernel has as many warps as keep a round within the ring; slices of a launch count from `first_slice`.
 //
 // Macros: GAP bits a gap; PARTS lanes share a row; TILES of 8 tokens, or 0: y is [rows, columns], where rows go
@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gaps_tensor(const uint4* __restrict__ stream, const u16* __restrict__ starts, const int* __restrict__ first,
             const int* __restrict__ order, const uint4* __restrict__ x, u16* __restrict__ y,
             const u16* __restrict__ bias, int rows, int columns, int tokens, int layout_warps, int blocks,
-            int first_slice, int glu) {
+            int first_slice, int glu, int bias_step) {
     extern __shared__ uint4 shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int slice = first_slice + blockIdx.x;
@@ -273,7 +273,7 @@ gaps_tensor(const uint4* __restrict__ stream, const u16* __restrict__ starts, co
         const int place = slice * ROWS + i % ROWS, token = i / ROWS;
         const int row = order ? order[place] : place;
         auto total = [&](int further) {
-            float all = bias ? widen(bias[row + further]) : 0;
+            float all = bias ? widen(bias[(size_t)token * bias_step + row + further]) : 0;
             for (int w = 0; w < warps; w++) all += parts[w * tokens * ROWS + i + further];
             return all;
         };

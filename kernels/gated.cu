@@ -8,7 +8,7 @@
 //      of the same number. An input may meet two columns (then all 16 weights can be non-zero) or none.
 // common: the threshold of all inputs, fp32, or null: all count. limits: [inputs], thresholds in the dtype of
 // x, instead: every block reads them. x: [tokens, inputs]; y: [tokens, rows], or with glu [tokens, rows / 2], see
-// swiglu; bias: [rows] or null.
+// swiglu; bias: [rows], or [tokens, rows] where bias_step is `rows` and not 0, or null.
 //
 // CLUSTER blocks divide the columns of a tile of TILE rows; each lists its active inputs in shared memory
 // and streams their columns. NaN and infinity are always active: they show, as in the reference.
@@ -95,7 +95,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 gated(const uint4* __restrict__ weight, const u16* __restrict__ x, const float* __restrict__ common,
       const u16* __restrict__ limits, u16* __restrict__ y, const u16* __restrict__ bias,
       const float* __restrict__ scale, const u16* __restrict__ meta, const u16* __restrict__ index, int rows,
-      int columns, int inputs, int stride, int glu) {
+      int columns, int inputs, int stride, int glu, int bias_step) {
     extern __shared__ u32 list[];  // a column's number in the share, and the input it meets; then `parts`
     __shared__ int counts[WARPS];
 #if CLUSTER > 1
@@ -208,7 +208,7 @@ done:
     const int row = tile * TILE + rank * own_rows + output;
     const bool mine_to_store = output < own_rows && row < rows;
     const float factor = FORMAT == 1 && mine_to_store ? scale[row] : 1;
-    const float offset = bias && mine_to_store ? widen(bias[row]) : 0;
+    const float offset = bias && mine_to_store ? widen(bias[(size_t)token * bias_step + row]) : 0;
     // Lanes of a warp that read other columns of the same outputs, each ending with a share of them; then
     // warps, then blocks.
     int begin = 0;

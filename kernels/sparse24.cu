@@ -9,7 +9,8 @@
 //          number among those of the band from bit 11 on.
 // metadata: [2:4 pieces][32 lanes] of 8 bytes. starts: [bands + 1][2]: a band's first piece, and first 2:4 one.
 //
-// x: [tokens, columns]; y: [tokens, rows], or with glu [tokens, rows / 2], see swiglu; bias: [rows] or null.
+// x: [tokens, columns]; y: [tokens, rows], or with glu [tokens, rows / 2], see swiglu; bias: [rows], or
+// [tokens, rows] where bias_step is `rows` and not 0, or null.
 // chunks: of 256 columns; span: of them, in shared memory at a time.
 //
 // Macros: BANDS × SPLITS warps share a block, SPLITS of them divide the columns of a band; TILES of 8
@@ -53,7 +54,8 @@ __device__ __forceinline__ uint4 load_operand(u32 address) {
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 sparse24(const uint4* __restrict__ stream, const u32* __restrict__ entries, const uint2* __restrict__ metadata,
          const int* __restrict__ starts, const uint4* __restrict__ x, u16* __restrict__ y,
-         const u16* __restrict__ bias, int rows, int columns, int tokens, int chunks, int span, int glu) {
+         const u16* __restrict__ bias, int rows, int columns, int tokens, int chunks, int span, int glu,
+         int bias_step) {
     extern __shared__ uint4 shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
     const int split = warp % SPLITS, place = warp / SPLITS;
@@ -262,7 +264,7 @@ sparse24(const uint4* __restrict__ stream, const u32* __restrict__ entries, cons
         const int first = (blockIdx.x * BANDS + i / (tokens * 16)) * 16 + (i & 15);
         const int token = i / 16 % tokens;
         auto total = [&](int further) {
-            float sum = bias ? widen(bias[first + further]) : 0;
+            float sum = bias ? widen(bias[(size_t)token * bias_step + first + further]) : 0;
 #pragma unroll
             for (int s = 0; s < SPLITS; s++) sum += parts[s * BANDS * tokens * 16 + i + further];
             return sum;

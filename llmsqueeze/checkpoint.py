@@ -24,7 +24,7 @@ from transformers.initialization import no_init_weights
 
 from llmsqueeze.activation import ActivationRecord, read_side_tensors, side_tensors
 from llmsqueeze.architectures import family_of
-from llmsqueeze.artifact import Manifest, SiteRecord, decode, read_manifest
+from llmsqueeze.artifact import Manifest, SiteRecord, check_parts, decode, read_manifest
 from llmsqueeze.encodings import ENCODINGS
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.kv_record import KvRecord, kv_tensors, read_kv_tensors
@@ -167,6 +167,18 @@ class Checkpoint:
                 raise CheckpointError(f"{name} holds NaN or Inf; the checkpoint is damaged")
             tensors[name] = tensor
         return tensors
+
+    def read_parts(self, name: str) -> dict[str, Tensor]:
+        """The parts of a compressed parameter as they lie in the file, mapped: pages come when they are used.
+
+        Raises CheckpointError if they do not belong together.
+        """
+        source = self.sources[name]
+        assert isinstance(source, PackedSource)
+        loaded = load(source.parts.values())
+        parts = {part: loaded[where.name] for part, where in source.parts.items()}
+        check_parts(name.removesuffix(".weight"), source.record, parts)
+        return parts
 
     def site_dtype(self, name: str) -> torch.dtype:
         """The dtype a parameter is stored in."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmsqueeze import ops
 from llmsqueeze.errors import EnvironmentFault
-from llmsqueeze.numerics import gaps, int8, masks, mixed24, outputs24, sparse24
+from llmsqueeze.numerics import gaps, int8, masks, mixed24, outputs24, panels, sparse24
 from llmsqueeze.numerics.packing import pack_bitmask
 from llmsqueeze.ops import cpu, cuda
 
@@ -136,11 +136,15 @@ def _linears(device: torch.device, generator: torch.Generator) -> list[Case]:
 
         return expect
 
-    mask = pack_bitmask(loose.cpu())
+    mask, runs = pack_bitmask(loose.cpu()), tuple(vars(panels.pack(loose.cpu())).values())
+    three, out = (None, None, None), (columns.values, columns.keep, columns.index)
     cpu_only: list[Case] = [
         ("bitmask_linear", lambda x: library.bitmask_linear(x, *mask, None), of(loose), (1, 16, 64)),
+        ("dense_linear", lambda x: library.dense_linear(x, weight, None), of(weight), (1, 16, 64)),
+        ("gated_bitmask_linear", lambda x: library.gated_bitmask_linear(
+            x, threshold, *runs, *three, _ROWS), of(loose, True), (1, 2)),
+        ("panels_linear", lambda x: library.panels_linear(x, *runs, None, 0, _ROWS), of(loose), (64,)),
     ]  # fmt: skip
-    three, out = (None, None, None), (columns.values, columns.keep, columns.index)
     return [
         ("sparse24_linear", lambda x: library.sparse24_linear(x, stream, None, _ROWS), of(halved),
          (1, 8, 64)),

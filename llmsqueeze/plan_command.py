@@ -73,4 +73,3 @@ def plan(
         if found.positions and longest > found.positions:
             rows["longest context"] += f"; the model was built for {found.positions}"
     console.result(document, facts(name, rows))
-

@@ -135,3 +135,9 @@ def cli(
 def prune_args(text_file: Path) -> list[object]:
     """Options that make `prune` quick on a tiny checkpoint."""
     return ["--calib", text_file, "--samples", 4, "--seqlen", 24, "--device", "cpu", "-q"]
+
+
+def compile_whole(model: Any) -> Any:
+    """A model as torch.compile understands it, in one graph."""
+    torch._dynamo.reset()  # what other tests compiled counts towards a limit
+    return torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -12,7 +12,7 @@ from llmsqueeze.activation import Policy
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.ops import gate, gated_linear
 from llmsqueeze.runtime.gates import GatedLinear, GateParts, Gating, install
-from tests.conftest import tiny_model
+from tests.conftest import compile_whole, tiny_model
 
 INF = torch.inf
 
@@ -239,7 +239,7 @@ def test_decoding_is_the_last_token_of_a_pass() -> None:
 @torch.no_grad()
 def test_a_gated_model_compiles_whole() -> None:
     _, model, _ = gated_pair("all")
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = compile_whole(model)
     for shape in ((1, 1, 8), (2, 5, 8)):
         x = random(*shape)
         assert torch.allclose(compiled(x), model(x), atol=1e-6)

@@ -17,7 +17,7 @@ from llmsqueeze.ops import in_pairs, input_major, swiglu
 from llmsqueeze.runtime import mlp
 from llmsqueeze.runtime.gates import GateParts, install
 from llmsqueeze.runtime.linears import pack_linears
-from tests.conftest import tiny_model
+from tests.conftest import compile_whole, tiny_model
 from tests.test_linears import IDS, logits, of_format, pruned_model
 
 CPU = torch.device("cpu")
@@ -118,7 +118,7 @@ def test_gates_stand_before_an_mlp(format: str, rank: int) -> None:
     assert isinstance(model.model.layers[0].mlp, mlp.PackedMLP)
     for ids, reference in zip(inputs, expected, strict=True):
         assert float((logits(model, ids) - reference).norm() / reference.norm()) < 0.01
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = compile_whole(model)
     with torch.no_grad():
         found = compiled(inputs[1], use_cache=False).logits.float()
     assert float((found - expected[1]).norm() / expected[1].norm()) < 0.01

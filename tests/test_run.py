@@ -137,7 +137,8 @@ def test_doctor_says_what_is_there(
     launched = {name for name, f in vars(kernels).items() if inspect.isfunction(f)}
     operators = {n for n in launched & vars(ops).keys() if n.endswith("_linear")} | {"attend"}
     assert len(operators) == 9
-    operators.add("bitmask_linear")  # of the CPU alone
+    # Of the CPU alone.
+    operators |= {"bitmask_linear", "dense_linear", "gated_bitmask_linear", "panels_linear"}
     assert document["cpu_kernels"] == cpu.instructions()
     assert {check["operator"] for check in on_cpu} == operators
     assert all(0 < check["error"] < doctor.TOLERANCE for check in document["checks"])

@@ -16,6 +16,9 @@ from torch import Tensor
 # The integer type that shows the bits of a float of so many bytes.
 INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 INT32_MAX = 2**31 - 1
+_BITS_OF_BYTE = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1).sum(
+    1, dtype=np.uint8
+)
 
 
 def pack_bitmask(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -32,6 +35,24 @@ def pack_bitmask(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     np.cumsum(np.count_nonzero(present, axis=1), out=row_offsets[1:])
     values = torch.from_numpy(np.compress(present.reshape(-1), bits.reshape(-1)))
     return values.view(weight.dtype), mask, torch.from_numpy(row_offsets)
+
+
+def check_bitmask(values: Tensor, mask: Tensor, row_offsets: Tensor, columns: int) -> None:
+    """ValueError if the three parts do not belong together: what reads them need not look again."""
+    rows = mask.shape[0]
+    if mask.dtype != torch.uint8 or mask.shape != (rows, -(-columns // 8)):
+        raise ValueError(f"mask {mask.dtype} {tuple(mask.shape)} does not fit {columns} columns")
+    if row_offsets.dtype != torch.int32 or row_offsets.shape != (rows + 1,):
+        raise ValueError(f"row offsets {row_offsets.dtype} {tuple(row_offsets.shape)} do not fit")
+    bits = mask.numpy()
+    if columns % 8 and (bits[:, -1] >> (columns % 8)).any():
+        raise ValueError("mask has bits set beyond the last column")
+    expected = np.zeros(rows + 1, dtype=np.int64)
+    np.cumsum(_BITS_OF_BYTE[bits].sum(axis=1, dtype=np.int64), out=expected[1:])
+    if not np.array_equal(expected, row_offsets.numpy()):
+        raise ValueError("row offsets disagree with the mask")
+    if values.dim() != 1 or values.numel() != int(expected[-1]):
+        raise ValueError(f"{values.numel()} values for {int(expected[-1])} set bits")
 
 
 def unpack_bitmask(values: Tensor, mask: Tensor, row_offsets: Tensor, columns: int) -> Tensor:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
+from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, panels, sparse24
 from llmsqueeze.numerics.packing import unpack_bitmask
 from llmsqueeze.ops import packed_append, packed_attention
 from llmsqueeze.ops.packed_append import kv_append, kv_append_shape
 from llmsqueeze.ops.packed_attention import kv_attend, kv_attend_shape
+
+# Bytes of a weight that are made dense together where it is not meant to be whole.
+PANEL = 16 * 2**20
 
 _LIBRARY = torch.library.Library("llmsqueeze", "DEF")
 _LIBRARY.define("gate(Tensor x, Tensor threshold) -> Tensor")
@@ -48,6 +52,15 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "bitmask_linear(Tensor x, Tensor values, Tensor mask, Tensor row_offsets, Tensor? bias) -> Tensor"
+)
+_LIBRARY.define("dense_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.define(
+    "gated_bitmask_linear(Tensor x, Tensor threshold, Tensor values, Tensor mask, Tensor row_offsets,"
+    " Tensor? bias, Tensor? up, Tensor? down, int rows, bool glu=False) -> Tensor"
+)
+_LIBRARY.define(
+    "panels_linear(Tensor x, Tensor values, Tensor mask, Tensor row_offsets, Tensor? bias, int begin,"
+    " int end) -> Tensor"
 )
 _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor counters, float scale) -> Tensor"
@@ -99,15 +112,43 @@ def gated_linear(
 ) -> Tensor:
     """W gate(x) + b, and for what the gate dropped the low-rank branch up · down · (x - gate(x)).
 
-    weight: [out, in]; bias: [out] or None; up: [out, rank] and down: [rank, in], both or neither.
-    Everything but the threshold in x's dtype. Returns [..., out], or with glu what swiglu() makes of that:
-    so for all operators that have it.
+    weight: [out, in]; bias: [out], or a residual of every token, [..., out], or None; up: [out, rank] and
+    down: [rank, in], both or neither. Everything but the threshold, and on a CPU the weight, in x's dtype.
+    Returns [..., out], or with glu what swiglu() makes of that. Of bias and glu so for all operators that
+    have glu.
     """
     kept = gate(x, threshold)
-    y = torch.nn.functional.linear(kept, weight, bias)
+    y = linear(kept, weight, bias)
     if up is not None and down is not None:
         y = y + (x - kept) @ down.t() @ up.t()
     return swiglu(y) if glu else y
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + b; b: [out], or [..., out] of every token.
+
+    A weight of another dtype becomes x's a panel of rows at a time, never the whole matrix.
+    """
+    if bias is not None and bias.dim() > 1:
+        return linear(x, weight, None) + bias
+    if weight.dtype == x.dtype:
+        return torch.nn.functional.linear(x, weight, bias)
+    return by_panels(x, weight.shape[0], bias, lambda begin, end: weight[begin:end])
+
+
+def by_panels(
+    x: Tensor, rows: int, bias: Tensor | None, part: Callable[[int, int], Tensor]
+) -> Tensor:
+    """W x + b where W, of so many rows, exists PANEL bytes at a time: part(begin, end) gives some."""
+    if bias is not None and bias.dim() > 1:
+        return by_panels(x, rows, None, part) + bias
+    y = x.new_empty(*x.shape[:-1], rows)
+    panel = max(1, PANEL // (x.element_size() * x.shape[-1]))
+    for begin in range(0, rows, panel):
+        end = min(begin + panel, rows)
+        offset = None if bias is None else bias[begin:end]
+        y[..., begin:end] = torch.nn.functional.linear(x, part(begin, end).to(x.dtype), offset)
+    return y
 
 
 def swiglu(y: Tensor) -> Tensor:
@@ -147,7 +188,7 @@ def int8_linear(
     x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, glu: bool = False
 ) -> Tensor:
     """W x + b for W as numerics.int8.encode gives it. x: [..., columns]; returns [..., rows]."""
-    y = torch.nn.functional.linear(x, int8.decode(codes, scale, x.dtype), bias)
+    y = linear(x, int8.decode(codes, scale, x.dtype), bias)
     return swiglu(y) if glu else y
 
 
@@ -185,7 +226,7 @@ def sparse24_linear(
     x: Tensor, stream: Tensor, bias: Tensor | None, rows: int, glu: bool = False
 ) -> Tensor:
     """W x + b for W as numerics.sparse24.pack lays it out. x: [..., columns]; returns [..., rows]."""
-    y = torch.nn.functional.linear(x, sparse24.unpack(stream, rows, x.shape[-1], x.dtype), bias)
+    y = linear(x, sparse24.unpack(stream, rows, x.shape[-1], x.dtype), bias)
     return swiglu(y) if glu else y
 
 
@@ -195,7 +236,7 @@ def mixed24_linear(
 ) -> Tensor:  # fmt: skip
     """W x + b for W as numerics.mixed24.pack lays it out. x: [..., columns]; returns [..., rows]."""
     packed = mixed24.Mixed(stream, entries, metadata, starts)
-    y = torch.nn.functional.linear(x, mixed24.unpack(packed, rows, x.shape[-1], x.dtype), bias)
+    y = linear(x, mixed24.unpack(packed, rows, x.shape[-1], x.dtype), bias)
     return swiglu(y) if glu else y
 
 
@@ -213,7 +254,7 @@ def gap_linear(
         order[rows:] = -1
     shape = gaps.Shape(bits, parts, warps)
     packed = gaps.Gaps(shape, stream, starts, first, order, blocks, reach, tuple(spans))
-    y = torch.nn.functional.linear(x, gaps.unpack(packed, rows, x.shape[-1], x.dtype), bias)
+    y = linear(x, gaps.unpack(packed, rows, x.shape[-1], x.dtype), bias)
     return swiglu(y) if glu else y
 
 
@@ -226,6 +267,28 @@ def bitmask_linear(
     """
     weight = unpack_bitmask(values, mask, row_offsets, x.shape[-1]).to(x.dtype)
     return torch.nn.functional.linear(x, weight, bias)
+
+
+def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + b for W of 16 bits or fp32 whatever x is."""
+    return linear(x, weight, bias)
+
+
+def gated_bitmask_linear(
+    x: Tensor, threshold: Tensor, values: Tensor, mask: Tensor, row_offsets: Tensor, bias: Tensor | None,
+    up: Tensor | None, down: Tensor | None, rows: int, glu: bool = False,
+) -> Tensor:  # fmt: skip
+    """gated_linear for W [rows, in] as numerics.panels.pack gives it, of 16 bits or fp32 whatever x is."""
+    weight = panels.unpack(panels.Panels(values, mask, row_offsets), rows).to(x.dtype)
+    return gated_linear(x, threshold, weight, bias, up, down, glu)
+
+
+def panels_linear(
+    x: Tensor, values: Tensor, mask: Tensor, row_offsets: Tensor, bias: Tensor | None, begin: int, end: int
+) -> Tensor:  # fmt: skip
+    """Rows begin to end of W x, + bias [end - begin], for W as numerics.panels.pack gives it."""
+    weight = panels.unpack(panels.Panels(values, mask, row_offsets), end).to(x.dtype)
+    return torch.nn.functional.linear(x, weight[begin:], bias)
 
 
 def attend(
@@ -341,46 +404,69 @@ def _bitmask_shape(
     return _like(x, mask.shape[0], False)
 
 
-def _on_cpu(name: str) -> Any:
+def _dense_shape(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return _like(x, weight.shape[0], False)
+
+
+def _gated_bitmask_shape(
+    x: Tensor, threshold: Tensor, values: Tensor, mask: Tensor, row_offsets: Tensor, bias: Tensor | None,
+    up: Tensor | None, down: Tensor | None, rows: int, glu: bool = False,
+) -> Tensor:  # fmt: skip
+    return _like(x, rows, glu)
+
+
+def _panels_shape(
+    x: Tensor, values: Tensor, mask: Tensor, row_offsets: Tensor, bias: Tensor | None, begin: int, end: int
+) -> Tensor:  # fmt: skip
+    return x.new_empty(*x.shape[:-1], end - begin)
+
+
+def _on_cpu(function: Any) -> Any:
+    """The kernel of an operator, or its reference where none was built."""
+
     def run(*arguments: Any) -> Tensor:
         from llmsqueeze.ops import cpu
 
-        return getattr(cpu, name)(*arguments)
+        built = cpu.library() is not None
+        return (getattr(cpu, function.__name__) if built else function)(*arguments)
 
     return run
 
 
-def _on_cuda(name: str) -> Any:
+def _on_cuda(function: Any) -> Any:
     """The kernel of an operator; its module is loaded when it is first needed."""
 
     def run(*arguments: Any) -> Tensor:
         from llmsqueeze.ops import kernels
 
-        return getattr(kernels, name)(*arguments)
+        return getattr(kernels, function.__name__)(*arguments)
 
     return run
 
 
-# A gate is a line of torch on every device. The others run their reference but on CUDA.
+_CUDA, _CPU = ("CUDA", _on_cuda), ("CPU", _on_cpu)
+# A gate is a line of torch on every device. The others run their reference where they have no kernel.
 _LIBRARY.impl("gate", gate, "CompositeExplicitAutograd")
-for _function, _shape in (
-    (gated_linear, _gated_linear_shape),
-    (gated_int8_linear, _gated_int8_shape),
-    (gated_24_linear, _gated_24_shape),
-    (int8_linear, _int8_shape),
-    (outputs24_linear, _outputs24_shape),
-    (sparse24_linear, _sparse24_shape),
-    (mixed24_linear, _mixed24_shape),
-    (gap_linear, _gap_shape),
-    (attend, _attend_shape),
-    (kv_attend, kv_attend_shape),
-    (kv_append, kv_append_shape),
+torch.library.register_fake("llmsqueeze::gate", _gate_shape, lib=_LIBRARY)
+for _function, _shape, *_kernels in (
+    (gated_linear, _gated_linear_shape, _CUDA, _CPU),
+    (gated_int8_linear, _gated_int8_shape, _CUDA, _CPU),
+    (gated_24_linear, _gated_24_shape, _CUDA),
+    (int8_linear, _int8_shape, _CUDA, _CPU),
+    (outputs24_linear, _outputs24_shape, _CUDA),
+    (sparse24_linear, _sparse24_shape, _CUDA),
+    (mixed24_linear, _mixed24_shape, _CUDA),
+    (gap_linear, _gap_shape, _CUDA),
+    (attend, _attend_shape, _CUDA),
+    (kv_attend, kv_attend_shape, _CUDA),
+    (kv_append, kv_append_shape, _CUDA),
+    (bitmask_linear, _bitmask_shape, _CPU),
+    (dense_linear, _dense_shape, _CPU),
+    (gated_bitmask_linear, _gated_bitmask_shape, _CPU),
+    (panels_linear, _panels_shape, _CPU),
 ):
     _name = _function.__name__
     _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _on_cuda(_name), "CUDA")
+    for _key, _kernel in _kernels:
+        _LIBRARY.impl(_name, _kernel(_function), _key)
     torch.library.register_fake(f"llmsqueeze::{_name}", _shape, lib=_LIBRARY)
-_LIBRARY.impl("bitmask_linear", bitmask_linear, "CompositeExplicitAutograd")
-_LIBRARY.impl("bitmask_linear", _on_cpu("bitmask_linear"), "CPU")
-torch.library.register_fake("llmsqueeze::bitmask_linear", _bitmask_shape, lib=_LIBRARY)
-torch.library.register_fake("llmsqueeze::gate", _gate_shape, lib=_LIBRARY)

@@ -1,4 +1,8 @@
-"""Kernels for a CPU: C++ that was built with the package, where there was a compiler."""
+"""Kernels for a CPU: C++ that was built with the package, where there was a compiler.
+
+Functions have the names, arguments and meaning of the operators in ops. isa: a place in INSTRUCTIONS, not
+beyond what the machine has [default: the best].
+"""
 
 from __future__ import annotations
 
@@ -9,14 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmsqueeze.numerics.packing import unpack_bitmask
+from llmsqueeze import ops
+from llmsqueeze.numerics import int8
 
-# Instruction sets of kernels/bitmask.cpp.
-INSTRUCTIONS = ("portable", "AVX2")
-_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+# Instruction sets of the code in kernels.
+INSTRUCTIONS = ("portable", "AVX2", "AVX-512")
+_KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 # Up to so many rows of x meet the weights as they are; beyond, a panel of rows at a time is made dense.
 TOKENS = 16
-PANEL = 16 * 2**20
+# The same behind a gate: more rows would keep different inputs.
+GATED_TOKENS = 2
 
 
 @functools.cache
@@ -27,10 +33,16 @@ def library() -> ctypes.CDLL | None:
         return None
     loaded = ctypes.CDLL(str(found[0]))
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    loaded.llmsqueeze_bitmask_linear.argtypes = [pointer] * 6 + [size] * 3 + [number] * 3
-    loaded.llmsqueeze_bitmask_linear.restype = None
-    loaded.llmsqueeze_bitmask_expand.argtypes = [pointer] * 4 + [size] * 2 + [number] * 2
-    loaded.llmsqueeze_bitmask_expand.restype = None
+    for name, arguments in {
+        "bitmask_linear": [pointer] * 6 + [size] * 3 + [number] * 3,
+        "dense_linear": [pointer] * 4 + [size] * 3 + [number] * 3,
+        "bitmask_expand": [pointer] * 4 + [size] * 3 + [number] * 4,
+        "gated_linear": [pointer, size, pointer, size] + [pointer] * 4 + [size] * 3 + [number] * 3,
+        "gated_bitmask_linear": [pointer] * 3 + [size, pointer, size] + [pointer] * 3
+        + [size] * 3 + [number] * 3,
+    }.items():  # fmt: skip
+        function = getattr(loaded, f"llmsqueeze_{name}")
+        function.argtypes, function.restype = arguments, None
     return loaded
 
 
@@ -44,44 +56,206 @@ def bitmask_linear(
     x: Tensor, values: Tensor, mask: Tensor, row_offsets: Tensor, bias: Tensor | None, *,
     isa: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """See ops.bitmask_linear. isa: place in INSTRUCTIONS, not beyond what the machine has."""
-    loaded = library()
+    loaded = _library()
     columns, rows = x.shape[-1], len(mask)
     tokens = x.numel() // columns
-    if loaded is None:
-        weight = unpack_bitmask(values, mask, row_offsets, columns).to(x.dtype)
-        return torch.nn.functional.linear(x, weight, bias)
-    kind, threads = _KINDS[values.dtype], torch.get_num_threads()
-    parts = values.contiguous(), mask.contiguous(), row_offsets.contiguous()
+    values, mask, row_offsets = _whole(values), _whole(mask), _whole(row_offsets)
     if tokens > TOKENS:
-        return _expanded(loaded, x, parts, bias, kind, threads)
-    seen = x.float().contiguous()
-    offset = None if bias is None else bias.float().contiguous()
+        panel = _Expander(loaded, x, values, mask, row_offsets, columns, isa)
+        return ops.by_panels(x, rows, bias, panel.rows)
+    seen, offset = _seen(x), _fp32(bias)
     y = torch.empty(*x.shape[:-1], rows)
     loaded.llmsqueeze_bitmask_linear(
-        *(part.data_ptr() for part in parts), None if offset is None else offset.data_ptr(),
-        seen.data_ptr(), y.data_ptr(), rows, columns, tokens, kind,
-        loaded.llmsqueeze_isa() if isa is None else isa, threads,
+        values.data_ptr(), mask.data_ptr(), row_offsets.data_ptr(), _address(offset),
+        seen.data_ptr(), y.data_ptr(), rows, columns, tokens, _KINDS[values.dtype],
+        _best(loaded, isa), torch.get_num_threads(),
     )  # fmt: skip
-    return y.to(x.dtype)
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
-@torch.no_grad()
-def _expanded(
-    loaded: ctypes.CDLL, x: Tensor, parts: tuple[Tensor, ...], bias: Tensor | None, kind: int,
-    threads: int,
+def dense_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, isa: int | None = None
+) -> Tensor:
+    loaded = _library()
+    rows, columns = weight.shape
+    tokens = x.numel() // columns
+    if tokens > TOKENS or not weight.is_contiguous():
+        return ops.linear(x, weight, bias)
+    seen, offset = _seen(x), _fp32(bias)
+    y = torch.empty(*x.shape[:-1], rows)
+    loaded.llmsqueeze_dense_linear(
+        weight.data_ptr(), _address(offset), seen.data_ptr(), y.data_ptr(), rows, columns, tokens,
+        _KINDS[weight.dtype], _best(loaded, isa), torch.get_num_threads(),
+    )  # fmt: skip
+    return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+
+def gated_linear(
+    x: Tensor, threshold: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor | None,
+    down: Tensor | None, glu: bool = False, *, isa: int | None = None,
 ) -> Tensor:  # fmt: skip
-    values, mask, row_offsets = parts
-    rows, columns = len(mask), x.shape[-1]
-    y = x.new_empty(*x.shape[:-1], rows)
-    panel = max(1, PANEL // (4 * columns))
-    for begin in range(0, rows, panel):
-        end = min(begin + panel, rows)
-        weight = torch.empty(end - begin, columns)
-        loaded.llmsqueeze_bitmask_expand(
-            values.data_ptr(), mask[begin:].data_ptr(), row_offsets[begin:].data_ptr(),
-            weight.data_ptr(), end - begin, columns, kind, threads,
+    if not _gated_fits(x, weight):
+        return ops.gated_linear(x, threshold, weight, bias, up, down, glu)
+    y = _input_major(x, threshold, weight, None, bias, isa)
+    return _finished(y, x, threshold, up, down, glu)
+
+
+def gated_int8_linear(
+    x: Tensor, threshold: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None,
+    up: Tensor | None, down: Tensor | None, glu: bool = False, *, isa: int | None = None,
+) -> Tensor:  # fmt: skip
+    if not _gated_fits(x, codes):
+        return ops.gated_int8_linear(x, threshold, codes, scale, bias, up, down, glu)
+    y = _input_major(x, threshold, codes, scale, bias, isa)
+    return _finished(y, x, threshold, up, down, glu)
+
+
+def int8_linear(
+    x: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None, glu: bool = False, *,
+    isa: int | None = None,
+) -> Tensor:  # fmt: skip
+    if _gated_fits(x, codes):
+        y = _input_major(x, _NONE_DROPPED, codes, scale, bias, isa).to(x.dtype)
+    else:
+        y = ops.by_panels(
+            x, len(codes), bias,
+            lambda begin, end: int8.decode(codes[begin:end], scale[begin:end], x.dtype),
         )  # fmt: skip
-        part = None if bias is None else bias[begin:end]
-        y[..., begin:end] = torch.nn.functional.linear(x, weight.to(x.dtype), part)
+    return ops.swiglu(y) if glu else y
+
+
+def gated_bitmask_linear(
+    x: Tensor, threshold: Tensor, values: Tensor, mask: Tensor, row_offsets: Tensor, bias: Tensor | None,
+    up: Tensor | None, down: Tensor | None, rows: int, glu: bool = False, *, isa: int | None = None,
+) -> Tensor:  # fmt: skip
+    loaded, columns = _library(), x.shape[-1]
+    tokens = x.numel() // columns
+    if tokens > GATED_TOKENS:
+        return ops.gated_bitmask_linear(
+            x, threshold, values, mask, row_offsets, bias, up, down, rows, glu
+        )
+    residual, bias = (bias, None) if bias is not None and bias.dim() > 1 else (None, bias)
+    seen, limit, offset = _seen(x), _seen(threshold), _fp32(bias)
+    parts = _whole(values), _whole(mask), _whole(row_offsets)
+    y = torch.empty(*x.shape[:-1], rows)
+    loaded.llmsqueeze_gated_bitmask_linear(
+        *(part.data_ptr() for part in parts), 8 * mask.shape[2], limit.data_ptr(), len(limit),
+        _address(offset), seen.data_ptr(), y.data_ptr(), rows, columns, tokens,
+        _KINDS[values.dtype], _best(loaded, isa), torch.get_num_threads(),
+    )  # fmt: skip
+    if residual is not None:
+        y += residual
+    return _finished(y, x, threshold, up, down, glu)
+
+
+def panels_linear(
+    x: Tensor, values: Tensor, mask: Tensor, row_offsets: Tensor, bias: Tensor | None, begin: int,
+    end: int, *, isa: int | None = None,
+) -> Tensor:  # fmt: skip
+    loaded = _library()
+    _, columns, eighth = mask.shape
+    width = 8 * eighth
+    runs = mask.reshape(-1, eighth)
+    panel = _Expander(loaded, x, values.contiguous(), runs, row_offsets.contiguous(), width, isa)
+    y = x.new_empty(*x.shape[:-1], end - begin)
+    for index in range(begin // width, -(-end // width)):
+        first, last = max(begin, index * width), min(end, (index + 1) * width)
+        # [columns, width]: of this panel, every input's weights.
+        weight = panel.rows(index * columns, (index + 1) * columns).to(x.dtype)
+        part = weight[:, first - index * width : last - index * width]
+        offset = None if bias is None else bias[first - begin : last - begin]
+        y[..., first - begin : last - begin] = torch.nn.functional.linear(x, part.t(), offset)
     return y
+
+
+class _Expander:
+    """Makes rows of a bitmask dense, in a buffer of its own: what rows() returned last is overwritten."""
+
+    def __init__(
+        self, loaded: ctypes.CDLL, x: Tensor, values: Tensor, mask: Tensor, row_offsets: Tensor,
+        columns: int, isa: int | None,
+    ) -> None:  # fmt: skip
+        self._loaded, self._isa = loaded, _best(loaded, isa)
+        self._values, self._mask, self._row_offsets = values, mask, row_offsets
+        self._columns = columns
+        self._dtype = values.dtype if values.dtype == x.dtype else torch.float32
+        self._held = torch.empty(0, columns, dtype=self._dtype)
+
+    def rows(self, begin: int, end: int) -> Tensor:
+        if len(self._held) < end - begin:
+            self._held = torch.empty(end - begin, self._columns, dtype=self._dtype)
+        weight = self._held[: end - begin]
+        self._loaded.llmsqueeze_bitmask_expand(
+            self._values.data_ptr(), self._mask[begin:].data_ptr(),
+            self._row_offsets[begin:].data_ptr(), weight.data_ptr(), end - begin, self._columns,
+            len(self._values), _KINDS[self._values.dtype], self._dtype == torch.float32, self._isa,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        return weight
+
+
+# No magnitude is below.
+_NONE_DROPPED = torch.full((1,), -1.0)
+
+
+def _gated_fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether there is code for this: few tokens, each input's weights in one piece."""
+    few = x.numel() <= GATED_TOKENS * x.shape[-1]
+    return few and weight.stride(0) == 1
+
+
+def _input_major(
+    x: Tensor, threshold: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
+    isa: int | None,
+) -> Tensor:  # fmt: skip
+    """scale · W gate(x) + bias, in fp32. bias: [out], or [..., out] of every token."""
+    if bias is not None and bias.dim() > 1:
+        return _input_major(x, threshold, weight, scale, None, isa).add_(bias)
+    loaded = _library()
+    rows, columns = weight.shape
+    seen, limit = _seen(x), _seen(threshold)
+    offset, step = _fp32(bias), _fp32(scale)
+    y = torch.empty(*x.shape[:-1], rows)
+    loaded.llmsqueeze_gated_linear(
+        weight.data_ptr(), weight.stride(1), limit.data_ptr(), len(limit), _address(step),
+        _address(offset), seen.data_ptr(), y.data_ptr(), rows, columns, x.numel() // columns,
+        _KINDS[weight.dtype], _best(loaded, isa), torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _finished(
+    y: Tensor, x: Tensor, threshold: Tensor, up: Tensor | None, down: Tensor | None, glu: bool
+) -> Tensor:
+    """y in x's dtype, with what the gate dropped by the low-rank branch, and the activation."""
+    if up is not None and down is not None:
+        y += (x - ops.gate(x, threshold)) @ down.t() @ up.t()
+    return (ops.swiglu(y) if glu else y).to(x.dtype)
+
+
+def _library() -> ctypes.CDLL:
+    loaded = library()
+    assert loaded is not None, "operators ask before they come here"
+    return loaded
+
+
+def _best(loaded: ctypes.CDLL, isa: int | None) -> int:
+    return int(loaded.llmsqueeze_isa()) if isa is None else isa
+
+
+def _fp32(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else _seen(tensor)
+
+
+def _seen(x: Tensor) -> Tensor:
+    """x in fp32 and in one piece. Asking costs less than a call that changes nothing."""
+    x = x if x.dtype is torch.float32 else x.float()
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

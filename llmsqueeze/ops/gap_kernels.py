@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmsqueeze.numerics.gaps import TURNS
 from llmsqueeze.ops import cuda, operands, swiglu
-from llmsqueeze.ops.operands import half, matrix, output
+from llmsqueeze.ops.operands import addend, bias_from, bias_step, half, matrix, output
 
 # Tokens of a launch of gaps.cu, and of gaps_tensor.cu.
 FEW, TENSOR = 4, 32
@@ -22,6 +22,7 @@ def gap_linear(
     glu: bool = False,
 ) -> Tensor:  # fmt: skip
     x, tokens, columns = matrix(x, 8)
+    bias = addend(bias)
     slices, index = len(first) - 1, x.device.index
     # Two blocks of gaps.cu to a multiprocessor: where they hold too much of x, tensor cores are faster.
     few = tokens <= 2 or (tokens <= FEW and 2 * _held(tokens, reach) <= cuda.most_shared(index))
@@ -37,7 +38,7 @@ def gap_linear(
         # A panel is some of the slices: rows come in their order, and are moved in the result.
         places = slices * (32 // parts)
         if bias is not None:  # added before the result is rounded
-            bias = bias[order.clamp_min(0)]
+            bias = bias[..., order.clamp_min(0)]
         y = operands.expanded(x, bias, places, functools.partial(expand, None))[..., :rows]
         y = torch.empty_like(y).index_copy_(-1, order[:rows].long(), y)
         return swiglu(y) if glu else y
@@ -50,7 +51,8 @@ def gap_linear(
         more = {"TILES": tiles, "RING": ring.columns, "WARPS": ring.most, "BLOCKS": ring.blocks}
         cuda.launch(
             "gaps_tensor", macros | more, x,
-            (*weight, x, y, bias, rows, columns, tokens, warps, blocks, 0, int(glu)),
+            (*weight, x, y, bias, rows, columns, tokens, warps, blocks, 0, int(glu),
+             bias_step(bias)),
             grid=(slices, 1), block=32 * ring.warps, shared=ring.shared,
         )  # fmt: skip
         return y
@@ -63,8 +65,8 @@ def gap_linear(
         more = {"TOKENS": next(n for n in (1, 2, 4) if some <= n), "WARPS": 14, "BLOCKS": 2}
         cuda.launch(
             "gaps", macros | more, x,
-            (*weight, given[begin:], found[begin:], bias, rows, columns, _padded(reach), some, blocks,
-             int(glu)),
+            (*weight, given[begin:], found[begin:], bias_from(bias, begin), rows, columns, _padded(reach),
+             some, blocks, int(glu), bias_step(bias)),
             grid=(slices, 1), block=32 * warps, shared=_held(some, reach),
         )  # fmt: skip
     return y
@@ -136,7 +138,7 @@ def _expand(
         cuda.launch(
             "gaps_tensor", macros | more, stream,
             (stream, starts, first, order, None, panel, None, len(panel), columns, 0, warps, 0,
-             begin // held, 0),
+             begin // held, 0, 0),
             grid=(slices, 1), block=32 * ring.warps, shared=ring.shared,
         )  # fmt: skip
     else:

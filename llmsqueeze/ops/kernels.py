@@ -16,7 +16,7 @@ from llmsqueeze.ops import attend_fits, cuda, is_input_major, round_down, swiglu
 from llmsqueeze.ops.append_kernel import kv_append as kv_append
 from llmsqueeze.ops.gap_kernels import gap_linear as gap_linear
 from llmsqueeze.ops.kv_kernels import kv_attend as kv_attend
-from llmsqueeze.ops.operands import expanded, half, matrix, output
+from llmsqueeze.ops.operands import addend, bias_step, expanded, half, matrix, output
 
 # Beyond so many rows of x weights are expanded, and cuBLAS multiplies them.
 SPARSE24_TOKENS = 64
@@ -56,6 +56,7 @@ def _on_tensor_cores(
 ) -> Tensor:  # fmt: skip
     """weight: stream, entries, metadata and starts of sparse24.cu; the last three None if all is 2:4."""
     x, tokens, columns = matrix(x, 8)
+    bias = addend(bias)
     if tokens > SPARSE24_TOKENS:
         expand = functools.partial(_expand_sparse24, weight, columns, chunks)
         return expanded(x, bias, rows, expand, glu)
@@ -81,7 +82,8 @@ def _on_tensor_cores(
     }  # fmt: skip
     held = 16 + stages * tokens * (span * 32 + 1) * 16
     cuda.launch(
-        "sparse24", macros, x, (*weight, x, y, bias, rows, columns, tokens, chunks, span, int(glu)),
+        "sparse24", macros, x, (*weight, x, y, bias, rows, columns, tokens, chunks, span, int(glu),
+             bias_step(bias)),
         grid=(-(-rows // (16 * bands)), 1), block=32 * bands * splits,
         shared=max(held, bands * splits * tokens * 64),
     )  # fmt: skip
@@ -129,6 +131,7 @@ def int8_linear(
 ) -> Tensor:
     """codes: as gated_int8_linear."""
     x, tokens, _ = matrix(x, 1)
+    bias = addend(bias)
     if tokens <= INT8_TOKENS and is_input_major(codes):
         return _gated_int8(x, None, codes, scale, bias, glu=glu)
 
@@ -200,7 +203,7 @@ def _gated(
     cuda.launch(
         "gated", macros, x,
         (weight, x, common, limits, y, bias, scale, meta, index, rows, columns, inputs, stride,
-         int(glu)),
+         int(glu), bias_step(bias)),
         grid=(-(-rows // tile) * shape.cluster, tokens), block=32 * warps,
         shared=4 * share + 4 * warps * tile, cluster=shape.cluster,
     )  # fmt: skip

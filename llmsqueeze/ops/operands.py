@@ -35,6 +35,23 @@ def output(x: Tensor, rows: int, glu: bool) -> Tensor:
     return x.new_empty(*x.shape[:-1], rows // 2 if glu else rows)
 
 
+def addend(bias: Tensor | None) -> Tensor | None:
+    """What is added to a product, [rows] or [tokens, rows], as kernels read it."""
+    return (
+        bias if bias is None or bias.dim() == 1 else bias.reshape(-1, bias.shape[-1]).contiguous()
+    )
+
+
+def bias_step(bias: Tensor | None) -> int:
+    """Elements from one token's addends to those of the next."""
+    return 0 if bias is None or bias.dim() == 1 else bias.shape[-1]
+
+
+def bias_from(bias: Tensor | None, token: int) -> Tensor | None:
+    """Of this token and those behind it."""
+    return bias[token:] if bias is not None and bias.dim() > 1 else bias
+
+
 def half(x: Tensor) -> int:
     return int(x.dtype == torch.float16)
 
@@ -63,5 +80,5 @@ def expanded(
         if bias is None:
             torch.mm(given, weight, out=out)
         else:
-            torch.addmm(bias[begin:end], given, weight, out=out)
+            torch.addmm(bias[..., begin:end], given, weight, out=out)
     return swiglu(y) if glu else y

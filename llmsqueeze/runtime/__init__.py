@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 import llmsqueeze.integration  # noqa: F401  registers the format with transformers
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError
+from llmsqueeze.runtime import mapped
 from llmsqueeze.runtime.linears import use_kernels
 
 
@@ -19,11 +20,13 @@ def load(
     """The causal language model, ready to run. checkpoint: opened, hence already checked.
 
     kernels: compressed weights stay compressed on the device, and kernels compute with them; else they
-    are dense there, zeros and all.
+    are dense there, zeros and all. On a CPU pruned weights then stay in the file.
 
     Raises CheckpointError if transformers reports a tensor missing, left over or of another shape;
     EnvironmentFault if the device or dtype has no kernels.
     """
+    if kernels and device.type == "cpu" and (found := mapped.load(checkpoint, dtype)) is not None:
+        return found
     model, info = AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
         dtype=dtype,

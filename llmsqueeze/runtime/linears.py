@@ -19,22 +19,23 @@ from torch import Tensor, nn
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
 from llmsqueeze.ops import cpu, in_pairs
-from llmsqueeze.runtime import mlp
+from llmsqueeze.runtime import mlp, residual
 from llmsqueeze.runtime.gates import GatedLinear
 from llmsqueeze.runtime.packed import (
+    LEAST_SPARSITY,
     BitmaskLinear,
     GapLinear,
     Gated24Product,
+    GatedBitmaskProduct,
     GatedInt8Product,
     GatedProduct,
     Int8Linear,
     Mixed24Linear,
     PackedLinear,
     Sparse24Linear,
+    narrowed,
 )
 
-# Below, reading the gaps costs nearly what the zeros saved.
-LEAST_SPARSITY = 0.4
 # Where both fit: on an H100 int8 was faster at 50 % zeros, but for 4096 × 4096, and gaps at 60 %.
 GAPS_BEAT_INT8 = 0.55
 # Linears that are fed by one tensor, by their names: one product for all.
@@ -54,10 +55,10 @@ class Fused(nn.Module):  # type: ignore[misc]
         self.product = product
         self._last: tuple[Tensor, Tensor] | None = None
 
-    def outputs(self, x: Tensor, last: bool) -> Tensor:
+    def outputs(self, x: Tensor, last: bool, residual: Tensor | None = None) -> Tensor:
         """Of all of them. They are called in turn with the same tensor: the work is done once."""
         known = self._last
-        y: Tensor = known[1] if known is not None and known[0] is x else self.product(x)
+        y: Tensor = known[1] if known is not None and known[0] is x else self.product(x, residual)
         # Nothing is kept beyond the last call: a plain reference, which torch.compile understands.
         self._last = None if last else (x, y)
         return y
@@ -85,16 +86,19 @@ class GatedPart(nn.Module):  # type: ignore[misc]
         self.begin, self.end = begin, end
         self.in_features, self.out_features = linear.in_features, linear.out_features
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """residual: only where there is no other part."""
         gate, product, rows = self.gate, self.fused.product, slice(self.begin, self.end)
         if gate.whole(x):
-            return self.fused.outputs(x, self.last)[..., rows]
+            return self.fused.outputs(x, self.last, residual)[..., rows]
         kept, side = gate.split(x)
         if self.last:
             gate.release()
         bias = None if product.bias is None else product.bias[rows]
         y: Tensor = product.rows(kept, self.begin, self.end, bias)
-        return y if side is None or product.up is None else y + side @ product.up[rows].t()
+        if side is not None and product.up is not None:
+            y = y + side @ product.up[rows].t()
+        return y if residual is None else y + residual
 
 
 @dataclass
@@ -117,8 +121,7 @@ def use_kernels(model: nn.Module, device: torch.device | None = None) -> Report:
 
     device: where they are to live; weights are packed there, each on its own. Linears without a gate that
     have fewer zeros than LEAST_SPARSITY, and are not of eight bits, stay as they are, and so does what the
-    rest of the model is made of; on a CPU linears behind gates and of eight bits as well. The model can then
-    no longer be saved or trained.
+    rest of the model is made of. The model can then no longer be saved or trained.
 
     Raises EnvironmentFault where there are no kernels, and in a dtype that they do not compute in.
     """
@@ -173,6 +176,7 @@ def pack_linears(
         if product is not None:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, mlp.PackedMLP(product, owner.down_proj))
+    residual.join(model, lambda linear: isinstance(linear, (PackedLinear, GatedPart)))
     report.seconds = time.perf_counter() - begun
     return report
 
@@ -197,8 +201,13 @@ def _on_cuda(weight: Tensor, gated: bool) -> Kind | None:
 
 
 def _on_cpu(weight: Tensor, gated: bool) -> Kind | None:
+    """The module that reads least."""
     zeros = 1 - int(weight.count_nonzero()) / weight.numel()
-    return BitmaskLinear if not gated and zeros >= LEAST_SPARSITY else None
+    if zeros < GAPS_BEAT_INT8 and int8.fits(narrowed(weight)):
+        return GatedInt8Product if gated else Int8Linear
+    if zeros >= LEAST_SPARSITY:
+        return GatedBitmaskProduct if gated else BitmaskLinear
+    return GatedProduct if gated else None
 
 
 def _packed_kind(weight: Tensor) -> type[PackedLinear] | None:

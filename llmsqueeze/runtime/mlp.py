@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,12 +39,17 @@ class PackedMLP(nn.Module):  # type: ignore[misc]
         return swiglu(both if side is None or product.up is None else both + side @ product.up.t())
 
 
+def same_code(one: Callable[..., Any], other: Callable[..., Any]) -> bool:
+    """Whether two functions were compiled from the same statements."""
+    codes = [inspect.unwrap(function).__code__ for function in (one, other)]
+    return len({(code.co_code, code.co_names) for code in codes}) == 1
+
+
 def is_swiglu(owner: nn.Module) -> bool:
     """Whether a module computes down(silu(gate(x)) · up(x)), as Llama's MLP and many others do."""
-    code, known = type(owner).forward.__code__, LlamaMLP.forward.__code__
     names = set(dict(owner.named_children()))
     return (
-        (code.co_code, code.co_names) == (known.co_code, known.co_names)
+        same_code(type(owner).forward, LlamaMLP.forward)
         and names == {*PAIR, "down_proj", "act_fn"}
         and isinstance(owner.act_fn, (nn.SiLU, SiLUActivation))
         and owner.gate_proj.out_features == owner.up_proj.out_features

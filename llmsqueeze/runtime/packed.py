@@ -7,16 +7,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
+from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, panels, sparse24
 from llmsqueeze.numerics.packing import pack_bitmask
-from llmsqueeze.ops import input_major, round_down
+from llmsqueeze.ops import input_major, linear, round_down
 from llmsqueeze.runtime.gates import Gate
+
+# Below, reading where the zeros are costs nearly what they saved.
+LEAST_SPARSITY = 0.4
 
 
 class PackedLinear(nn.Module):  # type: ignore[misc]
     """y = W x + b for [out_features, in_features] weights that exist only in a kernel's layout.
 
     glu: rows are ops.in_pairs() of a gate's and an up projection's, and y is ops.swiglu() of the product.
+    residual, in forward: [..., out_features], which is added before y is rounded; None: nothing.
     """
 
     format: ClassVar[str]
@@ -43,9 +47,9 @@ class Sparse24Linear(PackedLinear):
         super().__init__(weight, bias, glu=glu)
         self.register_buffer("stream", sparse24.pack(weight), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.sparse24_linear(
-            x, self.stream, self.bias, self.out_features, self.glu
+            x, self.stream, added(self.bias, residual), self.out_features, self.glu
         )
         return y
 
@@ -65,10 +69,10 @@ class Mixed24Linear(PackedLinear):
         for name, part in vars(mixed24.pack(weight)).items():
             self.register_buffer(name, part, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.mixed24_linear(
-            x, self.stream, self.entries, self.metadata, self.starts, self.bias, self.out_features,
-            self.glu,
+            x, self.stream, self.entries, self.metadata, self.starts, added(self.bias, residual),
+            self.out_features, self.glu,
         )  # fmt: skip
         return y
 
@@ -92,10 +96,10 @@ class GapLinear(PackedLinear):
         self.register_buffer("order", None if own else packed.order, persistent=False)
         self.shape = packed.arguments()
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gap_linear(
-            x, self.stream, self.starts, self.first, self.order, self.bias, self.out_features,
-            *self.shape, self.glu,
+            x, self.stream, self.starts, self.first, self.order, added(self.bias, residual),
+            self.out_features, *self.shape, self.glu,
         )  # fmt: skip
         return y
 
@@ -109,12 +113,14 @@ class Int8Linear(PackedLinear):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, glu: bool = False) -> None:
         super().__init__(weight, bias, glu=glu)
-        codes, largest = int8.encode(weight)
+        codes, largest = int8.encode(narrowed(weight))
         self.register_buffer("codes", input_major(codes), persistent=False)
         self.register_buffer("scale", int8.scales(largest), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.llmsqueeze.int8_linear(x, self.codes, self.scale, self.bias, self.glu)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.int8_linear(
+            x, self.codes, self.scale, added(self.bias, residual), self.glu
+        )
         return y
 
 
@@ -127,25 +133,60 @@ class BitmaskLinear(PackedLinear):
     mask: Tensor
     row_offsets: Tensor
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, parts: dict[str, Tensor] | None = None
+    ) -> None:
+        """parts: of the weight by name, if it was packed before; then it may be an empty one."""
         super().__init__(weight, bias)
-        for name, part in zip(
-            ("values", "mask", "row_offsets"), pack_bitmask(_narrowed(weight)), strict=True
-        ):
+        if parts is None:
+            names = ("values", "mask", "row_offsets")
+            parts = dict(zip(names, pack_bitmask(narrowed(weight)), strict=True))
+        for name, part in parts.items():
             self.register_buffer(name, part, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.bitmask_linear(
             x, self.values, self.mask, self.row_offsets, self.bias
         )
-        return y
+        return y if residual is None else y + residual
+
+
+class DenseLinear(PackedLinear):
+    """Few zeros, for a CPU: as on disk, in 16 bits or fp32, whatever the model computes in."""
+
+    format = "dense"
+    pairs = False
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__(weight, bias)
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.dense_linear(x, self.weight, self.bias)
+        return y if residual is None else y + residual
+
+
+class StoredEmbedding(nn.Module):  # type: ignore[misc]
+    """An embedding as on disk, whose rows come out in dtype."""
+
+    weight: Tensor
+
+    def __init__(self, weight: Tensor, padding_idx: int | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.padding_idx, self.dtype = padding_idx, dtype
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_state_dict_pre_hook(_refuse)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return nn.functional.embedding(ids, self.weight, self.padding_idx).to(self.dtype)
 
 
 class GatedProduct(nn.Module):  # type: ignore[misc]
     """What the linears behind a gate put out, one after another: [rows, columns] weights, all of them.
 
     forward: of tokens that the gate has to itself. rows: of inputs that were gated already, some outputs.
-    glu: as in PackedLinear.
+    glu, residual: as in PackedLinear.
     """
 
     format = "gated"
@@ -171,16 +212,17 @@ class GatedProduct(nn.Module):  # type: ignore[misc]
         self.store(weight)
 
     def store(self, weight: Tensor) -> None:
-        self.register_buffer("weight", input_major(weight), persistent=False)
+        self.register_buffer("weight", input_major(narrowed(weight)), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gated_linear(
-            x, self.limit, self.weight, self.bias, self.up, self.gate.down, self.glu
-        )
+            x, self.limit, self.weight, added(self.bias, residual), self.up, self.gate.down,
+            self.glu,
+        )  # fmt: skip
         return y
 
     def rows(self, x: Tensor, begin: int, end: int, bias: Tensor | None) -> Tensor:
-        return nn.functional.linear(x, self.weight[begin:end], bias)
+        return linear(x, self.weight[begin:end], bias)
 
 
 class GatedInt8Product(GatedProduct):
@@ -191,14 +233,15 @@ class GatedInt8Product(GatedProduct):
     scale: Tensor
 
     def store(self, weight: Tensor) -> None:
-        codes, largest = int8.encode(weight)
+        codes, largest = int8.encode(narrowed(weight))
         self.register_buffer("codes", input_major(codes), persistent=False)
         self.register_buffer("scale", int8.scales(largest), persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gated_int8_linear(
-            x, self.limit, self.codes, self.scale, self.bias, self.up, self.gate.down, self.glu
-        )
+            x, self.limit, self.codes, self.scale, added(self.bias, residual), self.up,
+            self.gate.down, self.glu,
+        )  # fmt: skip
         return y
 
     def rows(self, x: Tensor, begin: int, end: int, bias: Tensor | None) -> Tensor:
@@ -221,10 +264,10 @@ class Gated24Product(GatedProduct):
         self.register_buffer("keep", packed.keep, persistent=False)
         self.register_buffer("index", packed.index, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.gated_24_linear(
-            x, self.limit, self.values, self.keep, self.index, self.bias, self.up, self.gate.down,
-            self.out_features, self.glu,
+            x, self.limit, self.values, self.keep, self.index, added(self.bias, residual), self.up,
+            self.gate.down, self.out_features, self.glu,
         )  # fmt: skip
         return y
 
@@ -235,6 +278,39 @@ class Gated24Product(GatedProduct):
         return y
 
 
+class GatedBitmaskProduct(GatedProduct):
+    """With weights that have zeros anywhere, for a CPU. Buffers: see numerics.panels.Panels."""
+
+    format = "gated bitmask"
+    values: Tensor
+    mask: Tensor
+    row_offsets: Tensor
+
+    def store(self, weight: Tensor) -> None:
+        for name, part in vars(panels.pack(narrowed(weight))).items():
+            self.register_buffer(name, part, persistent=False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.gated_bitmask_linear(
+            x, self.limit, self.values, self.mask, self.row_offsets, added(self.bias, residual),
+            self.up, self.gate.down, self.out_features, self.glu,
+        )  # fmt: skip
+        return y
+
+    def rows(self, x: Tensor, begin: int, end: int, bias: Tensor | None) -> Tensor:
+        y: Tensor = torch.ops.llmsqueeze.panels_linear(
+            x, self.values, self.mask, self.row_offsets, bias, begin, end
+        )
+        return y
+
+
+def added(bias: Tensor | None, residual: Tensor | None) -> Tensor | None:
+    """What an operator adds to its product."""
+    if bias is None or residual is None:
+        return bias if residual is None else residual
+    return bias + residual
+
+
 def _compact(threshold: Tensor, dtype: torch.dtype) -> Tensor:
     """The same thresholds in fewer bytes, since every block of a kernel reads them: one if they are equal."""
     if bool((threshold == threshold[0]).all()):
@@ -242,8 +318,10 @@ def _compact(threshold: Tensor, dtype: torch.dtype) -> Tensor:
     return round_down(threshold, dtype)
 
 
-def _narrowed(weight: Tensor) -> Tensor:
+def narrowed(weight: Tensor) -> Tensor:
     """The same weight in 16 bits, if they hold it: as before it was loaded in fp32."""
+    if weight.element_size() == 2:
+        return weight
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(weight.to(dtype).to(weight.dtype), weight):
             return weight.to(dtype)

@@ -1,0 +1,85 @@
+"""A pruned model for a CPU whose weights stay where they are: in the file, mapped, without a copy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from llmsqueeze.checkpoint import Checkpoint, PackedSource, place
+from llmsqueeze.ops import cpu
+from llmsqueeze.runtime import kv_cache
+from llmsqueeze.runtime.packed import (
+    LEAST_SPARSITY,
+    BitmaskLinear,
+    DenseLinear,
+    PackedLinear,
+    StoredEmbedding,
+)
+
+
+@torch.no_grad()
+def load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any | None:
+    """The causal language model, ready to run; None if kernels do not use all of it as it is stored.
+
+    Linears, the head's too, have the bits of the file whatever dtype is, and so do embeddings, whose rows
+    are cast as they are looked up; what else there is is cast at once.
+    """
+    if cpu.library() is None or not _fits(checkpoint):
+        return None
+    model = checkpoint.build(dtype)
+    if getattr(model, "_keep_in_fp32_modules", None):
+        return None
+    modules = dict(model.named_modules())
+    embedded = model.get_input_embeddings()
+    tied = None
+    for name in checkpoint.sources:
+        path, _, leaf = name.rpartition(".")
+        module = modules[path]
+        if leaf == "weight" and type(module) is nn.Linear:
+            model.set_submodule(path, _linear(checkpoint, path, module, dtype))
+        elif leaf == "weight" and type(module) is nn.Embedding:
+            table = StoredEmbedding(checkpoint.read([name])[name], module.padding_idx, dtype)
+            model.set_submodule(path, table)
+            tied = table.weight if module is embedded else tied
+        elif leaf != "bias" or type(module) is not nn.Linear:
+            place(model, checkpoint.read([name]), dtype, torch.device("cpu"))
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.weight.is_meta and head.bias is None and tied is not None:
+        model.set_output_embeddings(DenseLinear(tied, None))
+    else:
+        model.tie_weights()
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    if (checkpoint.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    if checkpoint.kv_cache:
+        formats = kv_cache.stored_formats(checkpoint.kv_cache, checkpoint.read_kv_cache())
+        kv_cache.attach(model, formats)
+    return model
+
+
+def _fits(checkpoint: Checkpoint) -> bool:
+    """Whether it is pruned, and has no gates and no other encoding: those are laid out anew."""
+    packed = [s for s in checkpoint.sources.values() if isinstance(s, PackedSource)]
+    return (
+        bool(packed)
+        and checkpoint.activation is None
+        and all(source.record.encoding == "bitmask" for source in packed)
+    )
+
+
+def _linear(
+    checkpoint: Checkpoint, path: str, module: nn.Linear, dtype: torch.dtype
+) -> PackedLinear:
+    """What computes as `module`, whose parameters are empty, with what is stored."""
+    bias = None
+    if module.bias is not None:
+        bias = checkpoint.read([f"{path}.bias"])[f"{path}.bias"].to(dtype)
+    name = f"{path}.weight"
+    source = checkpoint.sources[name]
+    if isinstance(source, PackedSource) and source.record.sparsity >= LEAST_SPARSITY:
+        return BitmaskLinear(module.weight, bias, checkpoint.read_parts(name))
+    return DenseLinear(checkpoint.read([name])[name], bias)
