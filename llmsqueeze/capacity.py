@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
-import torch
-
-from llmsqueeze.checkpoint import Checkpoint, PackedSource
+from llmsqueeze.checkpoint import Checkpoint, PackedSource, Source
 from llmsqueeze.numerics.kv_tiles import TOKENS, TileFormat
 from llmsqueeze.runtime.kv_cache import LayerFormat, stored_formats
 from llmsqueeze.runtime.packed import LEAST_SPARSITY
@@ -76,7 +75,7 @@ def capacity(checkpoint: Checkpoint) -> Capacity:
     positions = getattr(config, "max_position_embeddings", None)
     return Capacity(
         weights=weights,
-        dense=sum(2 * p.numel() for p in checkpoint.model.parameters()),
+        dense=sum(2 * _elements(source) for source in checkpoint.sources.values()),
         read=bytes_per_token(checkpoint),
         cache=cache,
         plain=plain * full,
@@ -89,11 +88,10 @@ def capacity(checkpoint: Checkpoint) -> Capacity:
 
 def _on_device(checkpoint: Checkpoint, name: str) -> int:
     source = checkpoint.sources[name]
+    elements = _elements(source)
     if not isinstance(source, PackedSource):
-        elements = torch.Size(source.shape).numel()
         return 2 * elements
     record = source.record
-    elements = record.shape[0] * record.shape[1]
     if record.encoding != "bitmask":
         return stored_bytes(checkpoint, name)
     if record.sparsity < LEAST_SPARSITY:
@@ -101,6 +99,10 @@ def _on_device(checkpoint: Checkpoint, name: str) -> int:
     if _pattern(checkpoint) == "2:4":
         return elements * 9 // 8
     return round(record.nonzeros * GAP_BITS[record.sparsity >= WIDE_GAPS] / 8)
+
+
+def _elements(source: Source) -> int:
+    return prod(source.record.shape if isinstance(source, PackedSource) else source.shape)
 
 
 def _pattern(checkpoint: Checkpoint) -> str:
