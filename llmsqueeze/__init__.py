@@ -13,15 +13,22 @@ from llmsqueeze.errors import LlmsqueezeError
 __all__ = ["LlmsqueezeError", "__version__", "kv_cache", "use_kernels"]
 
 
-def kv_cache(model: Any) -> Any:
+def kv_cache(model: Any, tokens: int | None = None) -> Any:
     """A new, empty KV cache for a loaded model, quantised as its checkpoint says: for `generate` and calls.
 
-    A transformers Cache; what it holds lies packed. RecipeError when the checkpoint has no such format
-    (`llmsqueeze quantize-kv`).
+    A transformers Cache; what it holds lies packed. tokens: for so many of every sequence, at a fixed place
+    that a kernel reads without unpacking it, on a GPU in 16 bits; prompts then are of one length, come as one
+    piece and attend to their own keys and values as they are. Without: it grows, and is unpacked at every
+    step. RecipeError when the checkpoint has no such format (`llmsqueeze quantize-kv`), EnvironmentFault
+    where no kernel reads it.
     """
-    from llmsqueeze.runtime.kv_cache import attached_cache
+    from llmsqueeze.runtime.kv_cache import attached_cache, attached_formats
 
-    return attached_cache(model)
+    if tokens is None:
+        return attached_cache(model)
+    from llmsqueeze.runtime.generate import fixed_cache
+
+    return fixed_cache(model, tokens, attached_formats(model))
 
 
 def use_kernels(model: Any) -> Any:

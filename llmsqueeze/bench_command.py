@@ -138,7 +138,7 @@ def _speed(speed: Speed) -> dict[str, Any]:
     return {
         "ms_per_token": speed.step.median, "range": [speed.step.least, speed.step.most],
         "prefill_ms": speed.prefill.median, "weight_bytes": speed.weights,
-        "bytes_per_token": speed.read, "load_seconds": speed.load_seconds,
+        "bytes_per_token": speed.read, "cache_bytes": speed.cache, "load_seconds": speed.load_seconds,
     }  # fmt: skip
 
 
@@ -154,6 +154,7 @@ def _rows(found: Comparison) -> dict[str, str]:
         "prompt": f"{mine.prefill.median:.1f} ms, dense {dense.prefill.median:.1f}",
         "weights on the GPU": f"{size(mine.weights)}, dense {size(dense.weights)}",
         "read per token": f"{size(mine.read)}, dense {size(dense.read)}",
+        "of it KV cache": f"{size(mine.cache)}, dense {size(dense.cache)}",
         "loading": f"{mine.load_seconds:.1f} s, dense {dense.load_seconds:.1f}",
         "check": f"operators off by {found.error:.1e} at most, logits by {found.logit_error:.1%} from dense "
         f"in the same dtype; first {found.same_tokens} of {found.tokens} greedy tokens the same",

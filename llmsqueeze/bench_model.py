@@ -6,7 +6,7 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from llmsqueeze.evaluate import cache_options
 from llmsqueeze.runtime import attention, load
 from llmsqueeze.runtime.gates import gating_of, remove
 from llmsqueeze.runtime.generate import Decoder
+from llmsqueeze.runtime.kv_cache import LayerFormat
 from llmsqueeze.runtime.linears import use_kernels
 from llmsqueeze.runtime.packed import GatedProduct, PackedLinear
 
@@ -36,12 +37,13 @@ TOLERANCE = 1e-2
 @dataclass(frozen=True)
 class Speed:
     """Of one model. step: milliseconds a token; prefill: of a whole prompt; weights: bytes on the device;
-    read: of them, by one decoded token."""
+    read: of them and of the KV cache, by one decoded token behind the prompt; cache: of the latter alone."""
 
     step: Timing
     prefill: Timing
     weights: int
     read: int
+    cache: int
     load_seconds: float
 
 
@@ -103,7 +105,8 @@ def compare(
     error, operator = operator_error(model, prompt)
     if not error <= TOLERANCE:
         raise EnvironmentFault(f"{operator}: wrong result on this GPU (relative error {error:.2g})")
-    compressed, others = _speed(model, prompt, length, seconds, compiled)
+    formats = getattr(model, "llmsqueeze_kv_formats", None)
+    compressed, others = _speed(model, prompt, length, seconds, compiled, formats)
     same = next(
         (i for i, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), len(tokens)
     )
@@ -192,11 +195,13 @@ def _logits(model: nn.Module, prompt: Tensor) -> Tensor:
 
 
 def _speed(
-    model: nn.Module, prompt: Tensor, length: int, seconds: float, compiled: bool
-) -> tuple[Speed, list[int]]:
-    """How fast it is, and the first tokens it chose."""
-    decoder = Decoder(model, length, compiled=compiled)
+    model: nn.Module, prompt: Tensor, length: int, seconds: float, compiled: bool,
+    formats: Mapping[int, LayerFormat] | None = None,
+) -> tuple[Speed, list[int]]:  # fmt: skip
+    """How fast it is, and the first tokens it chose. formats: of a KV cache in tiles."""
+    decoder = Decoder(model, length, compiled=compiled, formats=formats)
     tokens = [int(token) for token in decoder.generate(prompt, STEPS)]
+    cache = decoder.cache_bytes(len(prompt) + STEPS)
     step = _timing(lambda: [decoder.step() for _ in range(STEPS)], STEPS)
     gating = gating_of(model)
     if gating:  # what decoding drops, measured on the tokens just chosen
@@ -209,7 +214,8 @@ def _speed(
     with torch.no_grad():
         prefill = _timing(lambda: model(ids, use_cache=False, logits_to_keep=1), 1)
     held = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
-    return Speed(step, prefill, sum(held.values()), read_bytes(model), seconds), tokens
+    read = read_bytes(model) + cache
+    return Speed(step, prefill, sum(held.values()), read, cache, seconds), tokens
 
 
 def _timing(work: Callable[[], object], parts: int) -> Timing:

@@ -29,6 +29,7 @@ from llmsqueeze.doctor_command import doctor
 from llmsqueeze.encode_recipe import ENCODES, EncodeRecipe
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.eval_command import evaluate
+from llmsqueeze.plan_command import plan
 from llmsqueeze.prune_command import prune
 from llmsqueeze.quantize_kv_command import quantize_kv
 from llmsqueeze.run_command import run
@@ -65,7 +66,7 @@ def cli() -> None:
 
     prune a checkpoint, sparsify its activations, quantize-kv its cache, or compress it by a recipe for all
     three; eval what it lost, run it, bench how fast it is, inspect what is inside, convert between forms;
-    doctor looks at this machine.
+    plan says what fits a GPU, doctor looks at this machine.
     """
 
 
@@ -77,6 +78,7 @@ cli.add_command(evaluate)
 cli.add_command(run)
 cli.add_command(bench)
 cli.add_command(doctor)
+cli.add_command(plan)
 
 
 @cli.command(

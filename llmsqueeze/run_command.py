@@ -18,13 +18,14 @@ from llmsqueeze.command import (
     device_option,
     open_checkpoint,
 )
-from llmsqueeze.errors import RecipeError
+from llmsqueeze.errors import EnvironmentFault, RecipeError
 from llmsqueeze.recipe import DTYPES
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from llmsqueeze.console import Console
+    from llmsqueeze.runtime.generate import Decoder
 
 
 @click.command(
@@ -33,8 +34,8 @@ if TYPE_CHECKING:
 {CHECKPOINT_HELP}
 
 A model with a chat template is asked as a user would ask it; --raw continues the text as it stands. On a GPU
-in 16 bits compressed weights are computed with as they are. A checkpoint's KV-cache format and activation
-thresholds are used as stored.
+in 16 bits compressed weights are computed with as they are, and attention reads a quantised KV cache as it
+is. A checkpoint's KV-cache format and activation thresholds are used as stored.
 """
 )
 @click.argument("checkpoint")
@@ -80,7 +81,11 @@ def run(
     shown = ""
     began = time.perf_counter()
     first = began
-    for token in _tokens(model, ids, tokens, packed=opened.kv_cache is not None):
+    packed = opened.kv_cache is not None
+    decoder = None
+    if not packed or (where.type == "cuda" and backend == "kernels"):
+        decoder = _decoder(console, model, len(ids) + tokens)
+    for token in _tokens(model, decoder, ids, tokens):
         if not found:
             first = time.perf_counter()
         if token in ends:
@@ -129,16 +134,29 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
     return {token for token in flat if token is not None}
 
 
-def _tokens(model: Any, ids: Tensor, count: int, *, packed: bool) -> Iterator[int]:
-    """Greedy tokens; packed: through the quantised KV cache of the checkpoint."""
+def _decoder(console: Console, model: Any, length: int) -> Decoder | None:
+    """Over the cache of the checkpoint's format, if it has one; None where no kernel reads that."""
+    from llmsqueeze.runtime.generate import Decoder
+
+    formats = getattr(model, "llmsqueeze_kv_formats", None)
+    try:
+        return Decoder(model, length, formats=formats)
+    except EnvironmentFault as fault:
+        if not formats:
+            raise
+        console.note(f"the KV cache is unpacked at every step: {fault}")
+        return None
+
+
+def _tokens(model: Any, decoder: Decoder | None, ids: Tensor, count: int) -> Iterator[int]:
+    """Greedy tokens; without a decoder through the checkpoint's cache, unpacked at every step."""
     import torch
 
     from llmsqueeze.evaluate import cache_options
-    from llmsqueeze.runtime.generate import Decoder
     from llmsqueeze.runtime.kv_cache import attached_cache
 
-    if not packed:
-        yield from map(int, Decoder(model, len(ids) + count).generate(ids, count))
+    if decoder is not None:
+        yield from map(int, decoder.generate(ids, count))
         return
     options = cache_options(model, attached_cache(model))
     step = ids[None].to(next(model.parameters()).device)

@@ -548,3 +548,130 @@ def test_evaluation_runs_on_kernels(cli: Any, tiny: Tiny, tmp_path: Path, text_f
         assert document["backend"] == backend
         found.append(document["token_ppl"])
     assert abs(found[0] / found[1] - 1) < 1e-3
+
+
+# Keys before the rotary embedding are rounded to fp16 after they are turned, queries too.
+@pytest.mark.parametrize(
+    ("kind", "bits", "slots", "limit"),
+    [
+        ("fp8", 8, 0, 1e-3), ("rotated", 4, 0, 1e-3), ("rotated", 3, 0, 1e-3),
+        ("rotated", 2, 0, 1e-3), ("channels", 4, 0, 3e-3), ("channels", 4, 1, 3e-3),
+        ("channels", 3, 2, 3e-3), ("channels", 2, 0, 3e-3), ("channels-turned", 4, 1, 3e-3),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("width", [64, 96, 128, 256])
+def test_attention_over_tiles(kind: str, bits: int, slots: int, limit: float, width: int) -> None:
+    from llmsqueeze.ops import kv_attend
+    from tests.test_kv_attend import make_case, query_for
+
+    for tokens, padding, sinks, group, window in (
+        (3000, None, 0, 4, 0),
+        (333, (0, 40), 3, 1, 0),
+        (17, (0, 3), 2, 5, 0),
+        (1, None, 0, 8, 0),
+        (900, (0, 850), 4, 3, 200),
+    ):
+        for dtype in (torch.bfloat16, torch.float16):
+            case = make_case(
+                kind, bits, width=width, tokens=tokens, padding=padding, sinks=sinks, slots=slots,
+                device="cuda", dtype=dtype,
+            )  # fmt: skip
+            q = query_for(case, group, dtype)
+            given = case.arguments(q, window, width**-0.5)
+            found = torch.ops.llmsqueeze.kv_attend(*given)
+            expected = kv_attend(q.float(), *given[1:])  # type: ignore[arg-type]
+            assert _off(found, expected.double()) < limit + ROUNDING[dtype], (tokens, dtype)
+            assert torch.equal(found, torch.ops.llmsqueeze.kv_attend(*given))
+            counters = given[11]
+            assert isinstance(counters, torch.Tensor) and not bool(counters.any())
+
+
+def test_a_graph_attends_over_a_cache_that_grows() -> None:
+    from llmsqueeze.numerics import kv_tiles
+    from llmsqueeze.ops import kv_attend
+    from tests.test_kv_attend import make_case, query_for
+
+    case = make_case("channels", 4, width=128, tokens=100, sinks=1, slots=1, device="cuda")
+    q = query_for(case, 4, torch.bfloat16)
+    given = case.arguments(q, 0, 0.1)
+    torch.ops.llmsqueeze.kv_attend(*given)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = torch.ops.llmsqueeze.kv_attend(*given)
+    parts = kv_tiles.read(case.tiles, case.format, 100)
+    for count in (5, 16, 99, 100):
+        case.length.fill_(count)
+        case.tiles.zero_()
+        some = [tuple(p[:, :, :count] for p in side) for side in parts]
+        kv_tiles.write(case.tiles, case.format, torch.tensor([0]).cuda(), *some)
+        graph.replay()
+        assert _off(y, kv_attend(q.float(), *given[1:]).double()) < 5e-3  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_tokens_are_coded_into_tiles_as_on_the_cpu(case: int) -> None:
+    from llmsqueeze.numerics.kv_tiles import TileFormat, read, read_fields
+    from tests.test_kv_append import CASES, COUNT, HEADS, codecs, constants, one_by_one
+
+    kind, bits, width, slots = CASES[case]
+    keys, values = codecs(kind, bits, width, slots)
+    rotary = width if keys.pre_rope else 0
+    format = TileFormat.of(keys, values, width, rotary)
+    assert format is not None
+    key, value = torch.randn(2, 2, HEADS, COUNT, width).bfloat16()
+    padding = torch.tensor([0, 5], dtype=torch.int32)
+    found = []
+    for device in ("cpu", "cuda"):
+        tiles = format.empty(2, HEADS, COUNT, torch.device(device))
+        known = constants(keys, values, format, tiles.shape[2], device)
+        sinks = torch.zeros(2, 2, HEADS, 4, width, device=device).bfloat16()
+        one_by_one(
+            key.to(device), value.to(device), tiles, format, known, padding.to(device),
+            (sinks[0], sinks[1]),
+        )  # fmt: skip
+        found.append((tiles.cpu(), sinks.cpu()))
+    assert torch.equal(found[0][1], found[1][1])
+    fields = [read_fields(tiles, format) for tiles, _ in found]
+    # Computed in fp32 instead of fp64: what lies at a border may be coded to either side.
+    assert float((fields[0].keys != fields[1].keys).float().mean()) < 4e-3
+    # Of outliers as far from the middle as one another either may be taken: what comes back is as near.
+    exact = value.double()
+    decoded = [
+        values.decode(read(tiles, format, COUNT)[1], width, torch.float64) for tiles, _ in found
+    ]
+    errors = [float((d - exact).norm()) for d in decoded]
+    assert abs(errors[0] - errors[1]) < 0.02 * errors[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["fp8", "rotate:4", "rotate:3", "kvquant:4", "kvquant:3", "plain:4"]
+)
+def test_a_cache_in_tiles_decodes_in_a_graph(name: str) -> None:
+    from llmsqueeze.runtime.generate import Decoder
+    from llmsqueeze.runtime.kv_cache import packed_cache
+    from tests.test_tiles import PROMPT, format_of, stepwise, wide_model
+
+    model = wide_model().to(torch.float16).cuda()
+    calibrated = name.partition(":")[0] in ("kvquant", "plain")
+    formats = dict.fromkeys(
+        range(model.config.num_hidden_layers), format_of(name, 2 if calibrated else 0)
+    )
+    formats = {layer: format.to(torch.device("cuda")) for layer, format in formats.items()}
+    ids = PROMPT.cuda()
+    with torch.no_grad():
+        exact = model(ids[None]).logits[0].float()
+    expected = stepwise(model, packed_cache(model, formats), ids).float()
+    model.set_attn_implementation("sdpa")
+    decoder = Decoder(model, 64, formats=formats)
+    decoder.cache.reset()
+    found = stepwise(model, decoder.cache, ids).float()
+    assert float((found - expected).norm()) < 0.5 * float((expected - exact).norm()) + 0.01
+    twice = [[int(token) for token in decoder.generate(PROMPT, 12)] for _ in range(2)]
+    assert twice[0] == twice[1] and twice[0][0] == int(exact[-1].argmax())
+    options = {"do_sample": False, "eos_token_id": None}
+    from llmsqueeze.evaluate import cache_options
+    from llmsqueeze.runtime.generate import fixed_cache
+
+    options |= cache_options(model, fixed_cache(model, 64, formats))
+    generated = model.generate(ids[None], max_new_tokens=12, **options)[0, len(ids) :]
+    assert generated[:3].tolist() == twice[0][:3]

@@ -33,6 +33,8 @@ EXPECTED = {
     "outputs24_expand": (r"LDG\.E\.128", r"STG\.E\.128"),
     "gaps_tensor": (STREAMED, r"HMMA\.1688|STG\.E\.128", r"STS\.U16", r"LDS\.(64|128)"),
     "gaps_expand": (STREAMED, r"STG\.E\.U16"),
+    "kv_append": (r"SHFL\.BFLY",),
+    "kv_attend": (r"HMMA\.16816", r"MOVM", r"MUFU\.EX2", r"UBLKCP|LDGSTS\.E\.BYPASS\.128"),
 }
 
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, panels, sparse24
 from llmsqueeze.numerics.packing import unpack_bitmask
+from llmsqueeze.ops import packed_append, packed_attention
+from llmsqueeze.ops.packed_append import kv_append, kv_append_shape
+from llmsqueeze.ops.packed_attention import kv_attend, kv_attend_shape
 
 # Bytes of a weight that are made dense together where it is not meant to be whole.
 PANEL = 16 * 2**20
@@ -62,6 +65,8 @@ _LIBRARY.define(
 _LIBRARY.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor counters, float scale) -> Tensor"
 )
+_LIBRARY.define(packed_attention.SCHEMA)
+_LIBRARY.define(packed_append.SCHEMA)
 
 
 def gate(x: Tensor, threshold: Tensor) -> Tensor:
@@ -453,6 +458,8 @@ for _function, _shape, *_kernels in (
     (mixed24_linear, _mixed24_shape, _CUDA),
     (gap_linear, _gap_shape, _CUDA),
     (attend, _attend_shape, _CUDA),
+    (kv_attend, kv_attend_shape, _CUDA),
+    (kv_append, kv_append_shape, _CUDA),
     (bitmask_linear, _bitmask_shape, _CPU),
     (dense_linear, _dense_shape, _CPU),
     (gated_bitmask_linear, _gated_bitmask_shape, _CPU),

@@ -13,7 +13,9 @@ from torch.nn.functional import linear, pad
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import int8
 from llmsqueeze.ops import attend_fits, cuda, is_input_major, round_down, swiglu
+from llmsqueeze.ops.append_kernel import kv_append as kv_append
 from llmsqueeze.ops.gap_kernels import gap_linear as gap_linear
+from llmsqueeze.ops.kv_kernels import kv_attend as kv_attend
 from llmsqueeze.ops.operands import addend, bias_step, expanded, half, matrix, output
 
 # Beyond so many rows of x weights are expanded, and cuBLAS multiplies them.

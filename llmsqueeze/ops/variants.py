@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from llmsqueeze.numerics import gaps
+from llmsqueeze.numerics.kv_tiles import FP8, TileFormat
 from llmsqueeze.ops import cuda, kernels
 
 # A shape of each kind that a launcher tells apart.
@@ -66,7 +68,31 @@ def all_variants(arch: str, dtype: torch.dtype) -> list[cuda.Variant]:
             q, k = (torch.zeros(1, n, 1, width, dtype=dtype) for n in (heads, kv_heads))
             k = k.expand(1, kv_heads, 128, width)
             kernels.attend(q, k, k, None, torch.zeros(kv_heads), 1.0)
+            for form in _formats(width, all_of=(heads, kv_heads, width) == (32, 8, 128)):
+                tiles = torch.empty(1, kv_heads, 8, form.record, dtype=torch.uint8, device="meta")
+                kernels.kv_attend(
+                    q, tiles, q, None, None, None, None, None, None, None, None,
+                    torch.zeros(kv_heads), form.arguments(), 0, 1.0,
+                )  # fmt: skip
+                key = k[:, :, :1]
+                kernels.kv_append(
+                    key, key, tiles, q, None, None, None, None, None, None, None, None, None,
+                    form.arguments(),
+                )  # fmt: skip
         return sorted(found)
+
+
+def _formats(width: int, all_of: bool) -> list[TileFormat]:
+    """What quantize-kv makes of a cache by default, or with --kv-cache and an outlier or none."""
+    if not all_of:
+        return [TileFormat(width, 4, False, turned_values=True, rotary=width)]
+    found = [TileFormat(width, FP8, True)]
+    for bits in (4, 3, 2):
+        found.append(TileFormat(width, bits, True, turned_keys=True, turned_values=True))
+        for slots in (0, 1):
+            keys_alone = TileFormat(width, bits, False, key_slots=slots, turned_values=True)
+            found.append(dataclasses.replace(keys_alone, rotary=width))
+    return found
 
 
 def warm(

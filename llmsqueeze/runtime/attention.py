@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llmsqueeze import stand_in
+from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.ops import attend_fits
+from llmsqueeze.runtime.tiles import Hub, TiledLayer
 
 _NAME = "llmsqueeze_attend"
 _BASE = "sdpa"
@@ -33,13 +35,28 @@ def install(model: nn.Module) -> None:
     config: Any = model.config
     device = next(model.parameters()).device
     fresh = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    hub = Hub()
     for module in model.modules():
         known = getattr(module, "llmsqueeze_counters", None)
         # A graph that was captured before works with those that are there.
         if hasattr(module, "is_causal") and (known is None or known.device != device):
             module.register_buffer("llmsqueeze_counters", fresh, persistent=False)
+            module.llmsqueeze_hub = hub
     stand_in.register(_NAME, _BASE, attend)
     config._attn_implementation = _NAME
+
+
+def over_tiles(model: nn.Module) -> tuple[Hub, Tensor]:
+    """install() for a cache in tiles: what that works with. EnvironmentFault if attention is not ours."""
+    config: Any = model.config
+    if config._attn_implementation in (_BASE, _NAME):
+        install(model)
+        for module in model.modules():
+            if hasattr(module, "llmsqueeze_hub"):
+                return module.llmsqueeze_hub, module.llmsqueeze_counters
+    raise EnvironmentFault(
+        "this model's attention is not transformers' sdpa, and cannot attend over a cache in tiles"
+    )
 
 
 def attend(
@@ -54,6 +71,11 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: by the kernel where it can, else by its own."""
     plain = not dropout and all(rest.get(name) is None for name in _CHANGES)
+    layer = _tiled(module, mask)
+    if layer is not None:
+        if not plain:
+            raise EnvironmentFault("no kernel for this model's attention attends over tiles")
+        return layer.attend(query, query.shape[-1] ** -0.5 if scaling is None else scaling), None
     known = hasattr(module, "llmsqueeze_counters") and len(query) * key.shape[1] <= _COUNTERS
     if plain and known and attend_fits(query, key, value, mask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -64,3 +86,14 @@ def attend(
         module, query, key, value, mask, scaling=scaling, dropout=dropout, **rest
     )
     return found
+
+
+def _tiled(module: nn.Module, mask: Tensor | None) -> TiledLayer | None:
+    """The cache that was updated with one token just now, if it lies in tiles."""
+    hub: Hub | None = getattr(module, "llmsqueeze_hub", None)
+    if hub is None:
+        return None
+    if hub.prompt and mask is not None:
+        raise EnvironmentFault("a cache in tiles takes prompts of one length, without padding")
+    layer, hub.active, hub.prompt = hub.active, None, False
+    return layer

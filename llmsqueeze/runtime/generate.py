@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -12,27 +12,46 @@ from transformers.cache_utils import Cache, StaticLayer
 
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.runtime import attention
+from llmsqueeze.runtime.kv_cache import LayerFormat
+from llmsqueeze.runtime.tiles import TiledLayer, tiled_layers
 
 # Before a step is captured it runs as it is: kernels are compiled, and libraries take their workspaces.
 _WARM_STEPS = 3
+
+
+def fixed_cache(model: nn.Module, length: int, formats: Mapping[int, LayerFormat]) -> Cache:
+    """A cache of so many tokens that stays where it is; formats: of the layers that lie in tiles."""
+    # All layers as long as the text, those of sliding attention too: transformers' own for those decide
+    # in Python whether the window is full, which a graph would remember. The mask hides what slid out.
+    count = model.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[union-attr]
+    layers: list[Any] = [StaticLayer(max_cache_len=length) for _ in range(count)]
+    if formats:
+        found = tiled_layers(model, formats, length, *attention.over_tiles(model))
+        layers = [found.get(index, layer) for index, layer in enumerate(layers)]
+    return Cache(layers=layers)
 
 
 class Decoder:
     """Generates one token after another with a causal language model, batch 1.
 
     length: tokens that prompt and answer may have together. compiled: whether torch.compile fuses what
-    lies between the kernels; takes a minute. On a CPU steps run one by one.
+    lies between the kernels; takes a minute. formats: of the layers whose cache is to lie in tiles, see
+    runtime.tiles; EnvironmentFault if there is no kernel for one. On a CPU steps run one by one.
     """
 
-    def __init__(self, model: nn.Module, length: int, *, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        length: int,
+        *,
+        compiled: bool = False,
+        formats: Mapping[int, LayerFormat] | None = None,
+    ) -> None:
         self.model = model
         self.length = length
         self.device = next(model.parameters()).device
         attention.accept(model)
-        # All layers as long as the text, those of sliding attention too: transformers' own for those decide
-        # in Python whether the window is full, which a graph would remember. The mask hides what slid out.
-        count = model.config.get_text_config(decoder=True).num_hidden_layers
-        self.cache = Cache(layers=[StaticLayer(max_cache_len=length) for _ in range(count)])
+        self.cache = fixed_cache(model, length, formats or {})
         parameters = inspect.signature(model.forward).parameters
         # Renamed in transformers 5.24.
         self._options = {"cache" if "cache" in parameters else "past_key_values": self.cache}
@@ -43,6 +62,17 @@ class Decoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         if self.device.type == "cuda":
             self._capture()
+
+    def cache_bytes(self, tokens: int) -> int:
+        """Of so many cached tokens, which a step behind them reads; the cache must have been used."""
+        total = 0
+        for layer in self.cache.layers:
+            if isinstance(layer, TiledLayer):
+                total += layer.nbytes * tokens // layer.max_cache_len
+            else:
+                held = layer.keys.nbytes + layer.values.nbytes
+                total += held * tokens // self.length
+        return total
 
     @torch.no_grad()
     def generate(self, prompt: Tensor, count: int) -> Iterator[Tensor]:

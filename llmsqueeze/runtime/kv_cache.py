@@ -265,6 +265,11 @@ def attach(model: nn.Module, formats: Mapping[int, LayerFormat]) -> None:
 
 def attached_cache(model: nn.Module) -> DynamicCache:
     """A new cache as the model's checkpoint says; RecipeError when it says nothing."""
+    return packed_cache(model, attached_formats(model))
+
+
+def attached_formats(model: nn.Module) -> dict[int, LayerFormat]:
+    """Layer → format of the model's checkpoint, on its device; RecipeError when it says nothing."""
     formats: Any = getattr(model, "llmsqueeze_kv_formats", None)
     if not formats:
         raise RecipeError("this model's checkpoint has no KV-cache format; run quantize-kv on it")
@@ -272,7 +277,7 @@ def attached_cache(model: nn.Module) -> DynamicCache:
     if getattr(model, "llmsqueeze_kv_device", None) != device:
         formats = {layer: format.to(device) for layer, format in formats.items()}
         model.llmsqueeze_kv_formats, model.llmsqueeze_kv_device = formats, device  # type: ignore[assignment]
-    return packed_cache(model, formats)
+    return dict(formats)
 
 
 def packed_cache(model: nn.Module, format: LayerFormat | Mapping[int, LayerFormat]) -> DynamicCache:

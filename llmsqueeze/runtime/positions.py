@@ -30,7 +30,7 @@ class Rope:
         types = getattr(module, "rope_type", "default")
         self.by_layer = isinstance(types, dict)
         kinds = types.values() if isinstance(types, dict) else [types]
-        self._moving = any(kind in _MOVING for kind in kinds)
+        self.moving = any(kind in _MOVING for kind in kinds)
         module.register_forward_hook(self._see, with_kwargs=True)
 
     def _see(self, module: nn.Module, args: Any, kwargs: Any, out: tuple[Tensor, Tensor]) -> None:
@@ -43,7 +43,7 @@ class Rope:
         Where frequencies depend on the length, those of the longest position in ids: all keys are turned
         as if the text were read anew.
         """
-        if self._moving:
+        if self.moving:
             return self._compute(ids, layer_type, dtype)
         wanted = int(ids.max()) + 1 if ids.numel() else 1
         key = (layer_type, dtype, ids.device)

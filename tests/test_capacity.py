@@ -1,0 +1,92 @@
+"""What plan says a checkpoint takes, against what is allocated."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmsqueeze.capacity import GAP_BITS, RESERVE, WIDE_GAPS, capacity
+from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.runtime import load
+from llmsqueeze.runtime.generate import Decoder
+from llmsqueeze.runtime.linears import pack_linears
+from llmsqueeze.runtime.packed import GapLinear
+from llmsqueeze.runtime.tiles import TiledLayer
+from tests.test_tiles import PROMPT, WIDE
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def quantised(cli: Any, tiny: Any, text_file: Path, tmp_path: Path) -> Any:
+    """Method → a checkpoint with a KV format, heads 64 wide."""
+
+    def make(method: str) -> Path:
+        out = tmp_path / method
+        args = ["--method", method, "--device", "cpu", "-q"]
+        if method == "kvquant":
+            args += ["--calib", text_file, "--samples", 2, "--seqlen", 48, "--outliers", 0.02]
+        result = cli("quantize-kv", tiny("llama", **WIDE), "-o", out, *args)
+        assert result.exit_code == 0, result.stderr
+        return out
+
+    return make
+
+
+@pytest.mark.parametrize("method", ["kvquant", "rotate", "fp8"])
+def test_the_cache_is_what_is_allocated(quantised: Any, method: str) -> None:
+    checkpoint = Checkpoint(quantised(method))
+    found = capacity(checkpoint)
+    model = load(checkpoint, torch.bfloat16, CPU)
+    decoder = Decoder(model, 160, formats=model.llmsqueeze_kv_formats)
+    list(decoder.generate(PROMPT, 2))
+    layers = decoder.cache.layers
+    assert all(isinstance(layer, TiledLayer) for layer in layers)
+    assert found.kernel
+    assert sum(layer.nbytes for layer in layers) == found.cache * 160 + found.sinks
+    assert found.plain == len(layers) * 4 * 3 * 64
+
+
+def test_the_longest_context_is_what_fits(cli: Any, quantised: Any) -> None:
+    path = quantised("rotate")
+    found = capacity(Checkpoint(path))
+    result = cli("plan", path, "--memory", "3GB", "--batch", 2, "--context", 1000, "--json")
+    assert result.exit_code == 0, result.stderr
+    document = json.loads(result.stdout)
+    tokens = document["longest_context"]
+    taken = found.weights + RESERVE + 2 * (found.cache * tokens + found.sinks)
+    assert taken <= 3e9 < taken + 2 * 16 * found.cache
+    assert document["cache_bytes"] == 2 * round(found.cache * 1000 + found.sinks)
+    assert tokens > 2 * document["dense_longest_context"] > 0
+    small = json.loads(cli("plan", path, "--memory", "1GB", "--json").stdout)
+    assert small["longest_context"] == small["dense_longest_context"] == 0
+    for wrong in (["--memory", "much"], ["--context", "0"]):
+        assert cli("plan", path, *wrong).exit_code == 2
+
+
+def test_weights_take_what_is_said(cli: Any, tiny: Any, tmp_path: Path) -> None:
+    source = tiny("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
+    out = tmp_path / "pruned"
+    args = ["--method", "magnitude", "--pattern", "2:4", "-q"]
+    assert cli("prune", source, "-o", out, *args).exit_code == 0
+    checkpoint = Checkpoint(out)
+    model = load(checkpoint, torch.bfloat16, CPU)
+    found = capacity(checkpoint)
+    assert found.dense == sum(2 * p.numel() for p in model.parameters())
+    pack_linears(model, CPU)
+    held = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    assert found.weights == pytest.approx(sum(held.values()), rel=0.02)
+
+
+@pytest.mark.parametrize("sparsity", [0.5, 0.7])
+def test_gaps_take_about_what_is_said(sparsity: float) -> None:
+    weight = torch.randn(4096, 2048).bfloat16()
+    weight *= weight.abs() > weight.abs().float().quantile(sparsity, dim=1, keepdim=True)
+    linear = GapLinear(weight, None)
+    taken = sum(b.numel() * b.element_size() for b in linear.buffers())
+    bits = GAP_BITS[sparsity >= WIDE_GAPS]
+    assert int(weight.count_nonzero()) * bits / 8 == pytest.approx(taken, rel=0.1)
