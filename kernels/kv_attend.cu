@@ -3,8 +3,8 @@
 // ops/packed_attention.py for what is computed.
 //
 // q: [batch, heads, D]; tiles: [batch · kv heads][capacity] records; length: one number, padding: [batch] or
-// null. y: [batch, heads, D]. partial: [batch · kv heads][splits][GROUP][D + 2] fp32, what a block found: its
-// sum, its largest score and its weight; counters: [batch · kv heads], zero before and after.
+// null. y: [batch, heads, D]. partial: [batch · kv heads][splits][PARTIAL] fp32, what a block found: sums
+// [GROUP][D], then largest scores and weights [GROUP][2]; counters: [batch · kv heads], zero before and after.
 //
 // Blocks divide the tiles of a kv head, and each warp streams its own through a ring in shared memory. Products
 // are 16 tokens by 8 heads at a time: keys, 16 tokens × 16 channels, times queries, and values, 16 channels × 16
@@ -13,7 +13,7 @@
 //
 // Keys by channel: a lane has the same tokens of every tile, so their rotation, scale and offset are constants;
 // the query is turned back by a tile's angle. Values' scales go into the numerators; what offsets add is the same
-// for all channels, one number.
+// for all channels, one number. Outliers of keys are added to scores, in fp32; those of values are a product more.
 //
 // Macros: D; GROUP, heads to a kv head, at most 8; BITS of a code, 8 for e4m3; CHANNELS, keys are by channel;
 // OFFSETS, of values; KEY_SLOTS, VALUE_SLOTS, outliers of a token; TURN_KEYS, TURN_VALUES, by a Hadamard matrix;
@@ -40,16 +40,26 @@
 #define RINGS (WARPS * STAGES * STAGE)
 #define FOUND (4 * WARPS * GROUP * (D + 4))
 #define FRONT (TABLE + RINGS > FOUND ? TABLE + RINGS : FOUND)
-#define SPARSE_AT FRONT
-#define SPARSE (KEY_SLOTS || VALUE_SLOTS ? WARPS * 32 * D : 0)
-#define CONSTANTS_AT (SPARSE_AT + SPARSE)
+#define CONSTANTS_AT FRONT
 #define CONSTANTS (CHANNELS && !HELD ? 96 * D : 0)
-#define INVERSE_AT (CONSTANTS_AT + CONSTANTS)
-#define QUERY_AT (INVERSE_AT + (KEY_SLOTS ? 4 * D : 0))
+#define ANGLES_AT (CONSTANTS_AT + CONSTANTS)  // [D / 2][16] cos and sin
+#define COLUMNS (GROUP > 4 || GROUP == 3 ? 8 : GROUP == 4 ? 4 : 2)  // of a product that are not those before again
+#define PAIRS_AT (ANGLES_AT + (KEY_SLOTS ? 64 * D : 0))  // [D / 2][COLUMNS], of queries
+#define FACTORS_AT (PAIRS_AT + (KEY_SLOTS ? 4 * COLUMNS * D : 0))  // of outliers of keys
+#define QUERY_AT (FACTORS_AT + (KEY_SLOTS ? 4 * D : 0))
 #define PITCH (D + 8)  // of a query, so that heads lie in other banks
 #define SINKS_AT (QUERY_AT + 4 * GROUP * PITCH)
-#define BARRIERS_AT (SINKS_AT + 4 * GROUP * (D + 2))
+#define BARRIERS_AT (SINKS_AT + 4 * GROUP * (D + 4))
 #define SHARED (BARRIERS_AT + 8 * WARPS * STAGES)
+
+#define THREADS (WARPS * 32)
+#define QUADS (GROUP * D / 4)  // of four channels, of a group of heads
+#define TEAMS (THREADS / QUADS > 1 ? THREADS / QUADS : 1)  // of threads, that share the blocks to add up
+#define PARTIAL (GROUP * (D + 4))
+
+// Tiles of a warp that are requested before anything else: the copy engine takes one after the other, and a warp
+// waits to hand it the next.
+#define EARLY 2
 
 #define HOPPER (__CUDA_ARCH__ >= 900)
 #define NONE (-1e30f)  // no score is as low
@@ -125,6 +135,13 @@ __device__ __forceinline__ u32 add2(u32 a, u32 b) {
     return d;
 }
 
+// All bits of a half where they are equal: small integers, which are fp16 numbers too.
+__device__ __forceinline__ u32 equal2(u32 a, u32 b) {
+    u32 d;
+    asm("set.eq.u32.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
 __device__ __forceinline__ u32 neg2(u32 a) {
     u32 d;
     asm("neg.f16x2 %0, %1;" : "=r"(d) : "r"(a));
@@ -176,19 +193,6 @@ __device__ __forceinline__ void turn(float (&x)[D / 32], int lane) {
 __device__ __forceinline__ int first_of(int pair) { return pair < ROTARY / 2 ? pair : pair + ROTARY / 2; }
 
 __device__ __forceinline__ int second_of(int pair) { return pair < ROTARY / 2 ? pair + ROTARY / 2 : pair + D / 2; }
-
-// Where an entry lies in fragments of fp16, in bytes: 16 of every lane for a fragment.
-__device__ __forceinline__ int key_place(int token, int channel) {
-    const int inside = channel < ROTARY, half = inside ? ROTARY / 2 : (D - ROTARY) / 2;
-    const int from = inside ? channel : channel - ROTARY, second = from >= half;
-    const int pair = from - (second ? half : 0) + (inside ? 0 : ROTARY / 2);
-    return (pair >> 3) * 512 + (token & 7) * 64 + (pair >> 1 & 3) * 16 + second * 8 + (token >> 3) * 4 + (pair & 1) * 2;
-}
-
-__device__ __forceinline__ int value_place(int token, int channel) {
-    return (channel >> 4) * 512 + (channel & 7) * 64 + (token >> 1 & 3) * 16 + (token >> 3) * 8 +
-           (channel >> 3 & 1) * 4 + (token & 1) * 2;
-}
 
 // Codes to fragments. words: all of a lane's.
 struct Decoder {
@@ -311,6 +315,17 @@ struct Ring {
 #endif
     }
 
+#if HOPPER
+    // Begin again, with other tiles, when so many of the first were requested: every stage has had its turn then.
+    __device__ __forceinline__ void begin_again(int requested) {
+        for (int s = 0; s < STAGES; s++) {
+            if (lane == 0 && s >= requested)
+                asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barriers + 8 * s) : "memory");
+            take(s, 0);
+        }
+    }
+#endif
+
     // Wait until the oldest requested one has come.
     __device__ __forceinline__ const char* take(int stage, int phase) {
 #if HOPPER
@@ -327,51 +342,123 @@ struct Ring {
     }
 };
 
-// Outliers of a tile, into fragments of fp16 that are zero elsewhere; in units of the codes' values.
-template <int SLOTS, bool KEYS>
+// Outliers of a tile's values, one of every token: a matrix that has each in the row that is its channel modulo 16,
+// times numerators of those tokens alone whose channels belong to a fragment.
 struct Outliers {
-    static constexpr int COUNT = (16 * SLOTS + 31) / 32;
-    int places[COUNT];
+    u32 rows[4], fragments[2];
 
-    __device__ __forceinline__ void put(char* sparse, const char* record, const float* inverse, int lane) {
+    // value_inverse: of tokens g and g + 8, by which numerators are too large for what is no multiple of scales.
+    __device__ __forceinline__ void load(const char* record, const float* value_inverse, int i, int g) {
+        u32 entries[2], channels[2];
 #pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            const int slot = lane + 32 * i, token = slot / SLOTS;
-            if (16 * SLOTS % 32 && slot >= 16 * SLOTS) continue;
-            const float missing = half_low(((const u16*)(record + (KEYS ? KEY_MISSING_AT : VALUE_MISSING_AT)))[slot]);
-            const int channel = ((const u8*)(record + (KEYS ? KEY_CHANNEL_AT : VALUE_CHANNEL_AT)))[slot];
-            float unit;
-            if (KEYS) {
-                unit = inverse[channel];
-                places[i] = key_place(token, channel);
-            } else {
-                const u16* own = (const u16*)(record + PARAMETERS_AT) + ((token & 7) * 2 + (token >> 3)) * PARAMETERS;
-                unit = reciprocal(fmaxf(half_low(own[CHANNELS ? 0 : 1]), SMALLEST));
-                places[i] = value_place(token, channel);
-            }
-            *(u16*)(sparse + places[i]) = half_of(fminf(fmaxf(missing * unit, -65504.f), 65504.f));
+        for (int r = 0; r < 2; r++) {
+            const int slot = (g + 8 * r) * VALUE_SLOTS + i;
+            const float entry = half_low(((const u16*)(record + VALUE_MISSING_AT))[slot]) * value_inverse[r];
+            const u32 channel = ((const u8*)(record + VALUE_CHANNEL_AT))[slot];
+            // From the lanes of a token to those of its column: pairs of tokens 2 t and 2 t + 1.
+            entries[r] = transposed(__byte_perm(half_of(fminf(fmaxf(entry, -65504.f), 65504.f)), 0, 0x1010));
+            channels[r] = transposed(channel | channel << 16);
+            fragments[r] = channels[r] >> 4 & 0x000f000f;
+            channels[r] &= 0x000f000f;
         }
-        __syncwarp();
+#pragma unroll
+        for (int r = 0; r < 4; r++) rows[r] = entries[r / 2] & equal2(channels[r / 2], (g + 8 * (r % 2)) * 0x10001);
     }
 
-    __device__ __forceinline__ void take_back(char* sparse, int lane) {
-        __syncwarp();
+    __device__ __forceinline__ void add(float* sum, u32 p0, u32 p1, int f) const {
+        multiply(sum, rows, p0 & equal2(fragments[0], f * 0x10001), p1 & equal2(fragments[1], f * 0x10001));
+    }
+};
+
+// What outliers of a token's keys add to its scores with heads 2 t and 2 t + 1.
+__device__ __forceinline__ float2 outliers_scores(const char* shared, const char* record, int token, int t) {
+    float2 score = {0, 0};
 #pragma unroll
-        for (int i = 0; i < COUNT; i++)
-            if (!(16 * SLOTS % 32) || lane + 32 * i < 16 * SLOTS) *(u16*)(sparse + places[i]) = 0;
-        __syncwarp();
+    for (int i = 0; i < KEY_SLOTS; i++) {
+        const int slot = token * KEY_SLOTS + i, channel = ((const u8*)(record + KEY_CHANNEL_AT))[slot];
+        const float missing = half_low(((const u16*)(record + KEY_MISSING_AT))[slot]) *
+                              *(const float*)(shared + FACTORS_AT + channel * 4);
+        const bool inside = ROTARY == D || channel < ROTARY;
+        const int from = inside ? channel : channel - ROTARY, half = inside ? ROTARY / 2 : (D - ROTARY) / 2;
+        const bool second = from >= half;
+        const int pair = from - (second ? half : 0) + (inside ? 0 : ROTARY / 2);
+        // The angles of the tile, and of the token in it.
+        const uint2 two = *(const uint2*)(record + RECORD + (pair >> 4) * 64 + (pair >> 1 & 3) * 16 + (pair & 8));
+        const u32 far = __byte_perm(two.x, two.y, pair & 1 ? 0x7632 : 0x5410);
+        const float2 near = *(const float2*)(shared + ANGLES_AT + (pair * 16 + token) * 8);
+        const float4 q = *(const float4*)(shared + PAIRS_AT + (pair * COLUMNS + 2 * t % COLUMNS) * 8);
+        const float cos = (half_low(far) * near.x - half_high(far) * near.y) * missing;
+        const float sin = (half_high(far) * near.x + half_low(far) * near.y) * missing;
+        const float one = second ? -sin : cos, other = second ? cos : sin;
+        score.x += one * q.x + other * q.y;
+        score.y += one * q.z + other * q.w;
+    }
+    return score;
+}
+
+// The same of a lane's tokens g and g + 8.
+__device__ __forceinline__ void add_outliers(float* score, const char* shared, const char* record, int g, int t) {
+    float2 one, two;
+    if (COLUMNS <= 4) {  // lanes t and t + 2 have the same heads: a token each
+        const float2 mine = outliers_scores(shared, record, g + 8 * (t >> 1), t);
+        const float2 other = {__shfl_xor_sync(ALL, mine.x, 2), __shfl_xor_sync(ALL, mine.y, 2)};
+        one = t < 2 ? mine : other;
+        two = t < 2 ? other : mine;
+    } else {
+        one = outliers_scores(shared, record, g, t);
+        two = outliers_scores(shared, record, g + 8, t);
+    }
+    score[0] += one.x, score[1] += one.y, score[2] += two.x, score[3] += two.y;
+}
+
+// Of four channels: numerators, and the denominator, as multiples of 2^most.
+struct Sum {
+    float4 sum = {0, 0, 0, 0};
+    float weight = 0, most = NONE;
+
+    // Make the largest of these the reference, if it is larger.
+    template <int COUNT>
+    __device__ __forceinline__ void renew(const float (&found)[COUNT]) {
+        float now = most;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) now = fmaxf(now, found[i]);
+        const float faded = power_of_two(most - now);
+        most = now;
+        sum.x *= faded, sum.y *= faded, sum.z *= faded, sum.w *= faded;
+        weight *= faded;
+    }
+
+    __device__ __forceinline__ void add(float4 other, float other_weight, float part) {
+        sum.x = fmaf(other.x, part, sum.x), sum.y = fmaf(other.y, part, sum.y);
+        sum.z = fmaf(other.z, part, sum.z), sum.w = fmaf(other.w, part, sum.w);
+        weight = fmaf(other_weight, part, weight);
+    }
+};
+
+// What a block is to do: positions of the tokens it sees, and its tiles.
+struct Share {
+    int length, start, oldest, first, begin, end;
+
+    __device__ __forceinline__ Share(int length_, int start_, int split, int splits, int capacity, int sinks,
+                                     int window) {
+        length = length_;
+        start = start_;
+        oldest = window ? max(start, length - window) : start;
+        first = max(oldest, start + sinks);  // of those that are in tiles
+        const int first_tile = first >> 4;
+        const u32 count = max(((length + 15) >> 4) - first_tile, 0);
+        begin = first_tile + (u32)split * count / (u32)splits;
+        end = first_tile + (u32)(split + 1) * count / (u32)splits;
     }
 };
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, 1)
-kv_attend(const u16* q, const char* tiles, const int* length_, const int* padding,
-          const u32* __restrict__ books, const uint4* __restrict__ channels, const float* __restrict__ inverse_,
+kv_attend(const u16* q, const char* tiles, const int* length, const int* padding,
+          const u32* __restrict__ books, const uint4* __restrict__ channels, const float* __restrict__ inverse,
           const float2* __restrict__ angles, const char* __restrict__ steps, const u16* key_sinks,
           const u16* value_sinks, u16* __restrict__ y, float* __restrict__ partial, int* counters, float scale,
           int capacity, int kv_heads, int sinks, int window) {
     extern __shared__ __align__(1024) char shared[];
-    __shared__ float shares[GROUP][WARPS + 1], largest[GROUP], weight[GROUP], offset[GROUP];
-    __shared__ bool last;
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int head = blockIdx.y, batch = head / kv_heads, kv_head = head % kv_heads;
     const int split = blockIdx.x, splits = gridDim.x;
@@ -382,24 +469,49 @@ kv_attend(const u16* q, const char* tiles, const int* length_, const int* paddin
     }
     let_next_start();
 
-    // What does not depend on the kernel before: the table, constants, barriers.
+    // Loads go out together; what waits for them comes behind.
+    int now_length = *(const volatile int*)length, now_start = padding ? ((const volatile int*)padding)[batch] : 0;
+#if BITS < 8
+    constexpr int HALF_ROW = 4 * COPIES, PIECES = HALF_ROW / 8;  // of 16 bytes to a row
+    constexpr int ROWS = THREADS / PIECES, EACH = 256 / ROWS;
+    const int piece = threadIdx.x % PIECES, from = threadIdx.x / PIECES * EACH;
+    uint4 pairs[EACH / 4];
+#pragma unroll
+    for (int i = 0; i < EACH / 4; i++)
+        pairs[i] = __ldg((const uint4*)(books + (piece >= PIECES / 2) * 256 + from) + i);
+#endif
+    Ring ring;
+    ring.lane = lane;
+    ring.stages = shared + TABLE + warp * STAGES * STAGE;
+    ring.barriers = shared_address(shared + BARRIERS_AT) + 8 * STAGES * warp;
+    ring.open();
+#if PDL
+    // Before the wait the kernel before may still write the length and the tile of the newest token. The other
+    // tiles are requested by what the length is now, and others if this block's turn out to be others.
+    now_length = min(max(__shfl_sync(ALL, now_length, 0), 1), 16 * capacity);
+    now_start = min(max(__shfl_sync(ALL, now_start, 0), 0), 16 * capacity);
+#endif
+    const Share early(now_length, now_start, split, splits, capacity, sinks, window);
+    const int early_end = min(early.end, PDL ? (now_length - 1) >> 4 : capacity);
+    const int early_count = max(early_end - early.begin - warp + WARPS - 1, 0) / WARPS;
+    ring.count = early_count;
+    ring.records = tiles + ((size_t)head * capacity + early.begin + warp) * RECORD;
+    ring.steps = steps + (size_t)warp * STEP;
+    ring.request(0, 0);
+
     Decoder decoder;
 #if BITS < 8
-    {
-        constexpr int HALF_ROW = 4 * COPIES, PIECES = HALF_ROW / 8;  // of 16 bytes to a row
-        constexpr int ROWS = WARPS * 32 / PIECES, EACH = 256 / ROWS;
-        const int piece = threadIdx.x % PIECES, side = piece >= PIECES / 2, from = threadIdx.x / PIECES * EACH;
-        u32 pairs[EACH];
 #pragma unroll
-        for (int i = 0; i < EACH; i++) pairs[i] = __ldg(books + side * 256 + from + i);
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-            *(uint4*)(shared + (from + i) * 2 * HALF_ROW + piece * 16) =
-                make_uint4(pairs[i], pairs[i], pairs[i], pairs[i]);
+    for (int i = 0; i < EACH; i++) {
+        const uint4 four = pairs[i / 4];
+        const u32 pair = i % 4 == 0 ? four.x : i % 4 == 1 ? four.y : i % 4 == 2 ? four.z : four.w;
+        *(uint4*)(shared + (from + i) * 2 * HALF_ROW + piece * 16) = make_uint4(pair, pair, pair, pair);
     }
     decoder.table = shared;
     decoder.lane = (lane & (COPIES - 1)) * 4;
 #endif
+#pragma unroll
+    for (int s = 1; s < EARLY; s++) ring.request(s, s);
 #if CHANNELS
     const uint4* own_channels = channels + (size_t)kv_head * FRAGMENTS * 96 + lane;
 #if HELD
@@ -416,103 +528,144 @@ kv_attend(const u16* q, const char* tiles, const int* length_, const int* paddin
     for (int i = warp; i < FRAGMENTS * 3; i += WARPS)
         ((uint4*)(shared + CONSTANTS_AT))[i * 32 + lane] = __ldg(own_channels + i * 32);
 #endif
-#endif
+    // Angles of the first tile, by which the query is turned back.
+    constexpr int PAIRS = (D / 2 + 31) / 32;
+    float2 back[PAIRS];
+    const float2* own_angles = angles + (size_t)(16 + min(early.begin, capacity - 1)) * (D / 2) + lane;
+#pragma unroll
+    for (int r = 0; r < PAIRS; r++) back[r] = __ldg(own_angles + (D % 64 && lane + 32 * r >= D / 2 ? 0 : 32 * r));
 #if KEY_SLOTS
-    float* inverse = (float*)(shared + INVERSE_AT);
-    for (int i = threadIdx.x; i < D; i += WARPS * 32) inverse[i] = __ldg(inverse_ + kv_head * D + i);
-#else
-    const float* inverse = nullptr;
+    for (int i = threadIdx.x; i < 8 * D; i += THREADS)
+        ((float2*)(shared + ANGLES_AT))[i % (D / 2) * 16 + i / (D / 2)] = __ldg(angles + i);
+    // Like codes, outliers are divided by the scale and multiplied by the constant of it: a1 or b2 of token 0.
+    for (int i = threadIdx.x; i < D; i += THREADS) {
+        const int pair = i % (D / 2), second = i >= D / 2, channel = second ? second_of(pair) : first_of(pair);
+        const u16* of_fragment = (const u16*)(channels + ((size_t)kv_head * FRAGMENTS + (pair >> 3)) * 96);
+        const u16 own = __ldg(of_fragment + second * 256 + (pair >> 1 & 3) * 8 + (pair & 1));
+        const float factor = half_low(own) * __ldg(inverse + kv_head * D + channel);
+        ((float*)(shared + FACTORS_AT))[channel] = fminf(fmaxf(factor, -65504.f), 65504.f);
+    }
 #endif
-#if KEY_SLOTS || VALUE_SLOTS
-    char* sparse = shared + SPARSE_AT + warp * 32 * D;
-    for (int i = lane; i < 2 * D; i += 32) ((uint4*)sparse)[i] = make_uint4(0, 0, 0, 0);
 #endif
-    Ring ring;
-    ring.lane = lane;
-    ring.stages = shared + TABLE + warp * STAGES * STAGE;
-    ring.barriers = shared_address(shared + BARRIERS_AT) + 8 * STAGES * warp;
-    ring.open();
 
+    int stage = 0, phase = 0;
+#if PDL
     wait_for_input();
-    const int length = *(const volatile int*)length_;
-    const int start = padding ? padding[batch] : 0;
-    const int oldest = window ? max(start, length - window) : start;
-    const int first = max(oldest, start + sinks);  // of those that are in tiles
-    const int first_tile = first >> 4, count = max(((length + 15) >> 4) - first_tile, 0);
-    const int begin = first_tile + (int)((long long)split * count / splits);
-    const int end = first_tile + (int)((long long)(split + 1) * count / splits);
-    ring.count = max(end - begin - warp + WARPS - 1, 0) / WARPS;
-    ring.records = tiles + ((size_t)head * capacity + begin + warp) * RECORD;
-    ring.steps = steps + (size_t)warp * STEP;
+    now_length = *(const volatile int*)length;
+    now_start = padding ? ((const volatile int*)padding)[batch] : 0;
+#endif
+    // The queries: a head for every warp.
+    constexpr int HEADS = (GROUP + WARPS - 1) / WARPS;  // of a warp
+    float x[HEADS][D / 32];
 #pragma unroll
-    for (int s = 0; s < STAGES; s++) ring.request(s, s);
+    for (int n = 0; n < HEADS; n++) {
+        const u16* own = q + (size_t)(head * GROUP + min(warp + n * WARPS, GROUP - 1)) * D + lane;
+#pragma unroll
+        for (int r = 0; r < D / 32; r++) x[n][r] = widen(own[32 * r]) * scale;
+    }
+#if PDL
+    const Share share_(now_length, now_start, split, splits, capacity, sinks, window);
+    ring.count = max(share_.end - share_.begin - warp + WARPS - 1, 0) / WARPS;
+    if (share_.begin != early.begin || share_.end != early.end) {
+        ring.begin_again(min(early_count, EARLY));
+        ring.records = tiles + ((size_t)head * capacity + share_.begin + warp) * RECORD;
+        phase = 1;
+#pragma unroll
+        for (int s = 0; s < EARLY; s++) ring.request(s, s);
+#if CHANNELS
+        own_angles += (min(share_.begin, capacity - 1) - min(early.begin, capacity - 1)) * (D / 2);
+#pragma unroll
+        for (int r = 0; r < PAIRS; r++) back[r] = __ldg(own_angles + (D % 64 && lane + 32 * r >= D / 2 ? 0 : 32 * r));
+#endif
+    } else {
+#pragma unroll
+        for (int s = 0; s < EARLY; s++)
+            if (s >= early_count) ring.request(s, s);
+    }
+#else
+    const Share& share_ = early;
+#endif
 
-    // The queries, and what stands at the first positions: a head for every warp.
     float* query = (float*)(shared + QUERY_AT);
-    float* found_first = (float*)(shared + SINKS_AT);  // [GROUP][D + 2]
-    for (int h = warp; h < GROUP; h += WARPS) {
-        const u16* from = q + (size_t)(head * GROUP + h) * D;
-        float x[D / 32];
+    float* found_first = (float*)(shared + SINKS_AT);  // [GROUP][D + 4]
 #pragma unroll
-        for (int r = 0; r < D / 32; r++) x[r] = widen(from[lane + 32 * r]) * scale;
+    for (int n = 0; n < HEADS; n++) {
+        const int h = warp + n * WARPS;
+        if (h >= GROUP) break;
         if (split == 0 && sinks) {
+            // What stands at the first positions.
             float sum[D / 32], most = NONE, total = 0;
 #pragma unroll
             for (int r = 0; r < D / 32; r++) sum[r] = 0;
-            for (int i = max(oldest - start, 0); i < sinks && start + i < length; i++) {
-                const u16* key = key_sinks + ((size_t)head * sinks + i) * D + lane;
-                const u16* value = value_sinks + ((size_t)head * sinks + i) * D + lane;
-                float score = 0, values[D / 32];
+            const int end = min(sinks, share_.length - share_.start);
+            for (int i = share_.oldest - share_.start; i < end; i += 4) {
+                float keys[4][D / 32], values[4][D / 32];
 #pragma unroll
-                for (int r = 0; r < D / 32; r++) {
-                    score = fmaf(x[r], widen(key[32 * r]), score);
-                    values[r] = widen(value[32 * r]);
+                for (int j = 0; j < 4; j++) {
+                    const size_t at = ((size_t)head * sinks + min(i + j, end - 1)) * D + lane;
+#pragma unroll
+                    for (int r = 0; r < D / 32; r++) {
+                        keys[j][r] = widen(key_sinks[at + 32 * r]);
+                        values[j][r] = widen(value_sinks[at + 32 * r]);
+                    }
                 }
 #pragma unroll
-                for (int apart = 16; apart; apart >>= 1) score += __shfl_xor_sync(ALL, score, apart);
-                const float now = fmaxf(most, score);
-                const float faded = power_of_two(most - now), share = power_of_two(score - now);
-                most = now;
-                total = fmaf(total, faded, share);
+                for (int j = 0; j < 4; j++) {
+                    float score = 0;
 #pragma unroll
-                for (int r = 0; r < D / 32; r++) sum[r] = fmaf(sum[r], faded, share * values[r]);
+                    for (int r = 0; r < D / 32; r++) score = fmaf(x[n][r], keys[j][r], score);
+#pragma unroll
+                    for (int apart = 16; apart; apart >>= 1) score += __shfl_xor_sync(ALL, score, apart);
+                    if (i + j >= end) score = -INFINITY_;
+                    const float now = fmaxf(most, score);
+                    const float faded = power_of_two(most - now), part = power_of_two(score - now);
+                    most = now;
+                    total = fmaf(total, faded, part);
+#pragma unroll
+                    for (int r = 0; r < D / 32; r++) sum[r] = fmaf(sum[r], faded, part * values[j][r]);
+                }
             }
             if (TURN_VALUES) turn(sum, lane);
 #pragma unroll
-            for (int r = 0; r < D / 32; r++) found_first[h * (D + 2) + lane + 32 * r] = sum[r];
+            for (int r = 0; r < D / 32; r++) found_first[h * (D + 4) + lane + 32 * r] = sum[r];
             if (lane == 0) {
-                found_first[h * (D + 2) + D] = most;
-                found_first[h * (D + 2) + D + 1] = total;
+                found_first[h * (D + 4) + D] = most;
+                found_first[h * (D + 4) + D + 1] = total;
             }
         }
-        if (TURN_KEYS) turn(x, lane);
+        if (TURN_KEYS) turn(x[n], lane);
+        float* own = query + h * PITCH;
 #pragma unroll
-        for (int r = 0; r < D / 32; r++) query[h * PITCH + lane + 32 * r] = x[r];
-    }
-    __syncthreads();
+        for (int r = 0; r < D / 32; r++) own[lane + 32 * r] = x[n][r];
 #if CHANNELS
-    // Turned by the padding, since a key's position is its slot less that, and back to this block's first tile.
-    for (int i = threadIdx.x; i < GROUP * D / 2; i += WARPS * 32) {
-        const int pair = i % (D / 2);
-        float* own = query + i / (D / 2) * PITCH;
-        float one = own[first_of(pair)], two = own[second_of(pair)];
-        const float2 back = __ldg(angles + (size_t)(16 + min(begin, capacity - 1)) * (D / 2) + pair);
-        float turned = back.x * one + back.y * two;
-        two = back.x * two - back.y * one;
-        one = turned;
-        if (start) {
-            const float2 far = __ldg(angles + (size_t)(16 + (start >> 4)) * (D / 2) + pair);
-            const float2 near = __ldg(angles + (size_t)(start & 15) * (D / 2) + pair);
-            turned = far.x * one - far.y * two;
-            two = far.y * one + far.x * two;
-            one = near.x * turned - near.y * two;
-            two = near.y * turned + near.x * two;
+        // Turned by the padding, since a key's position is its slot less that, and back to this block's first tile.
+        __syncwarp();
+#pragma unroll
+        for (int r = 0; r < PAIRS; r++) {
+            const int pair = lane + 32 * r;
+            if (D % 64 && pair >= D / 2) continue;
+            float one = own[first_of(pair)], two = own[second_of(pair)];
+            float turned = back[r].x * one + back[r].y * two;
+            two = back[r].x * two - back[r].y * one;
+            one = turned;
+            if (share_.start) {
+                const float2 far = __ldg(angles + (size_t)(16 + (share_.start >> 4)) * (D / 2) + pair);
+                const float2 near = __ldg(angles + (size_t)(share_.start & 15) * (D / 2) + pair);
+                turned = far.x * one - far.y * two;
+                two = far.y * one + far.x * two;
+                one = near.x * turned - near.y * two;
+                two = near.y * turned + near.x * two;
+            }
+            own[first_of(pair)] = one;
+            own[second_of(pair)] = two;
+#if KEY_SLOTS
+            float2* to = (float2*)(shared + PAIRS_AT) + pair * COLUMNS;
+            for (int column = h; column < COLUMNS; column += GROUP) to[column] = make_float2(one, two);
+#endif
         }
-        own[first_of(pair)] = one;
-        own[second_of(pair)] = two;
+#endif
     }
     __syncthreads();
-#endif
     u32 queries[FRAGMENTS][2];
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) {
@@ -523,18 +676,44 @@ kv_attend(const u16* q, const char* tiles, const int* length_, const int* paddin
         queries[f][1] = halves(two.x, two.y);
     }
 
+#pragma unroll
+    for (int s = EARLY; s < STAGES; s++) ring.request(s, s);
+
     float sum[FRAGMENTS][4], reference[2] = {NONE, NONE}, own_weight[2] = {0, 0}, own_offset[2] = {0, 0};
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) sum[f][0] = sum[f][1] = sum[f][2] = sum[f][3] = 0;
 
-    int stage = 0, phase = 0;
     for (int i = 0; i < ring.count; i++) {
         const char* record = ring.take(stage, phase);
         u32 words[WORDS];
         load_words(words, record, lane, 0, KEY_RUNS);
+        float key_scale[2] = {1, 1}, value_scale[2], value_offset[2] = {0, 0};
+        if (PARAMETERS == 2) {
+            const uint2 v = *(const uint2*)(record + PARAMETERS_AT + g * 8);
+            if (CHANNELS) {
+                value_scale[0] = half_low(v.x), value_scale[1] = half_low(v.y);
+                value_offset[0] = half_high(v.x), value_offset[1] = half_high(v.y);
+            } else {
+                key_scale[0] = half_low(v.x) * UNIT, key_scale[1] = half_low(v.y) * UNIT;
+                value_scale[0] = half_high(v.x), value_scale[1] = half_high(v.y);
+            }
+        } else {
+            const u32 v = *(const u32*)(record + PARAMETERS_AT + g * 4);
+            value_scale[0] = half_low(v), value_scale[1] = half_high(v);
+        }
+        // A numerator is the value's scale times 2^score, so that fp16 holds it, whatever the scale.
+        float inverse_value[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            value_scale[r] = fmaxf(value_scale[r], SMALLEST);
+            inverse_value[r] = reciprocal(value_scale[r]);
+        }
+        Outliers outliers[VALUE_SLOTS + !VALUE_SLOTS];
+#pragma unroll
+        for (int j = 0; j < VALUE_SLOTS; j++) outliers[j].load(record, inverse_value, j, g);
 #if KEY_SLOTS
-        Outliers<KEY_SLOTS, true> key_outliers;
-        key_outliers.put(sparse, record, inverse, lane);
+        float outliers_score[4] = {0, 0, 0, 0};
+        add_outliers(outliers_score, shared, record, g, t);
 #endif
         float even[4] = {0, 0, 0, 0}, odd[4] = {0, 0, 0, 0};
         uint4 angle;
@@ -542,11 +721,6 @@ kv_attend(const u16* q, const char* tiles, const int* length_, const int* paddin
         for (int f = 0; f < FRAGMENTS; f++) {
             u32 a[4], b0 = queries[f][0], b1 = queries[f][1];
             decoder.fragment(a, words, f, 0);
-#if KEY_SLOTS
-            const uint4 outliers = *(const uint4*)(sparse + f * 512 + lane * 16);
-            a[0] = add2(a[0], outliers.x), a[1] = add2(a[1], outliers.y);
-            a[2] = add2(a[2], outliers.z), a[3] = add2(a[3], outliers.w);
-#endif
 #if CHANNELS
             if (f % 2 == 0) angle = *(const uint4*)(record + RECORD + f / 2 * 64 + t * 16);
             const u32 cos = f % 2 ? angle.z : angle.x, sin = f % 2 ? angle.w : angle.y;
@@ -572,28 +746,7 @@ kv_attend(const u16* q, const char* tiles, const int* length_, const int* paddin
 #endif
             multiply(f % 2 ? odd : even, a, b0, b1);
         }
-#if KEY_SLOTS
-        key_outliers.take_back(sparse, lane);
-#endif
-#if VALUE_SLOTS
-        Outliers<VALUE_SLOTS, false> value_outliers;
-        value_outliers.put(sparse, record, inverse, lane);
-#endif
         load_words(words, record, lane, KEY_RUNS, WORDS / RUN);
-        float key_scale[2] = {1, 1}, value_scale[2], value_offset[2] = {0, 0};
-        if (PARAMETERS == 2) {
-            const uint2 v = *(const uint2*)(record + PARAMETERS_AT + g * 8);
-            if (CHANNELS) {
-                value_scale[0] = half_low(v.x), value_scale[1] = half_low(v.y);
-                value_offset[0] = half_high(v.x), value_offset[1] = half_high(v.y);
-            } else {
-                key_scale[0] = half_low(v.x) * UNIT, key_scale[1] = half_low(v.y) * UNIT;
-                value_scale[0] = half_high(v.x), value_scale[1] = half_high(v.y);
-            }
-        } else {
-            const u32 v = *(const u32*)(record + PARAMETERS_AT + g * 4);
-            value_scale[0] = half_low(v), value_scale[1] = half_high(v);
-        }
         __syncwarp();
         ring.request(i + STAGES, stage);
         if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -601,22 +754,23 @@ kv_attend(const u16* q, const char* tiles, const int* length_, const int* paddin
         // Scores of token g with heads 2 t and 2 t + 1, then of token g + 8.
         float score[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) score[j] = (even[j] + odd[j]) * key_scale[j / 2];
-        const int token = (begin + warp + i * WARPS) * 16;
-        if (token < first || token + 16 > length) {
+        for (int j = 0; j < 4; j++) {
+            score[j] = (even[j] + odd[j]) * key_scale[j / 2];
+#if KEY_SLOTS
+            score[j] += outliers_score[j];
+#endif
+        }
+        const int token = (share_.begin + warp + i * WARPS) * 16;
+        if (token < share_.first || token + 16 > share_.length) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
                 const int slot = token + g + 8 * (j / 2);
-                if (slot < first || slot >= length) score[j] = -INFINITY_;
+                if (slot < share_.first || slot >= share_.length) score[j] = -INFINITY_;
             }
         }
-        // A numerator is the value's scale times 2^score, so that fp16 holds it, whatever the scale.
-        float inverse_value[2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
-            const float own = fmaxf(value_scale[r], SMALLEST);
-            inverse_value[r] = reciprocal(own);
-            const float power = log_of_two(own);
+            const float power = log_of_two(value_scale[r]);
             score[2 * r] += power;
             score[2 * r + 1] += power;
         }
@@ -650,15 +804,9 @@ kv_attend(const u16* q, const char* tiles, const int* length_, const int* paddin
             u32 a[4];
             decoder.fragment(a, words, FRAGMENTS + f, 1);
             multiply(sum[f], a, p0, p1);
-#if VALUE_SLOTS
-            const uint4 outliers = *(const uint4*)(sparse + f * 512 + lane * 16);
-            const u32 b[4] = {outliers.x, outliers.y, outliers.z, outliers.w};
-            multiply(sum[f], b, p0, p1);
-#endif
+#pragma unroll
+            for (int j = 0; j < VALUE_SLOTS; j++) outliers[j].add(sum[f], p0, p1, f);
         }
-#if VALUE_SLOTS
-        value_outliers.take_back(sparse, lane);
-#endif
     }
 
     // Over the lanes of a warp, then over warps.
@@ -673,8 +821,8 @@ kv_attend(const u16* q, const char* tiles, const int* length_, const int* paddin
     asm volatile("cp.async.wait_group 0;" ::: "memory");
 #endif
     __syncthreads();
-    float(*found)[GROUP][D] = (float(*)[GROUP][D])shared;                                  // of every warp
-    float(*about)[GROUP][4] = (float(*)[GROUP][4])(shared + 4 * WARPS * GROUP * D);
+    float(*found)[GROUP][D] = (float(*)[GROUP][D])shared;                        // of every warp
+    float4(*about)[GROUP] = (float4(*)[GROUP])(shared + 4 * WARPS * GROUP * D);  // reference, weight, offset
 #pragma unroll
     for (int j = 0; j < 2; j++) {
         const int h = 2 * t + j;
@@ -684,95 +832,124 @@ kv_attend(const u16* q, const char* tiles, const int* length_, const int* paddin
             found[warp][h][16 * f + g] = sum[f][j];
             found[warp][h][16 * f + g + 8] = sum[f][2 + j];
         }
-        if (g == 0) about[warp][h][0] = reference[j], about[warp][h][1] = own_weight[j], about[warp][h][2] = own_offset[j];
+        if (g == 0) about[warp][h] = make_float4(reference[j], own_weight[j], own_offset[j], 0);
     }
     __syncthreads();
     const bool has_first = split == 0 && sinks;
-    for (int h = warp; h < GROUP; h += WARPS) {
-        float most = NONE, total = 0, added = 0;
-        if (lane < WARPS) most = about[lane][h][0], total = about[lane][h][1], added = about[lane][h][2];
-        if (lane == WARPS && has_first) most = found_first[h * (D + 2) + D], total = found_first[h * (D + 2) + D + 1];
-        float now = most;
-#pragma unroll
-        for (int apart = 16; apart; apart >>= 1) now = fmaxf(now, __shfl_xor_sync(ALL, now, apart));
-        const float share = power_of_two(most - now);
-        if (lane <= WARPS) shares[h][lane] = share;
-        total *= share;
-        added *= share;
-#pragma unroll
-        for (int apart = 16; apart; apart >>= 1) {
-            total += __shfl_xor_sync(ALL, total, apart);
-            added += __shfl_xor_sync(ALL, added, apart);
+    float* mine = partial + ((size_t)head * splits + split) * PARTIAL;
+    float* whole = query;  // [GROUP][PITCH], the weight behind
+    u16* own_y = y + (size_t)head * GROUP * D;
+    // What is left when all is added up: of four channels from i on.
+    auto finish = [&](int i, Sum all) {
+        const int h = i / (D / 4), d = i % (D / 4) * 4;
+        if (TURN_VALUES) {
+            *(float4*)(whole + h * PITCH + d) = all.sum;
+            if (d == 0) whole[h * PITCH + D] = all.weight;
+        } else {
+            const float one = 1 / all.weight;
+            *(uint2*)(own_y + h * D + d) =
+                make_uint2(narrow(all.sum.x * one) | (u32)narrow(all.sum.y * one) << 16,
+                           narrow(all.sum.z * one) | (u32)narrow(all.sum.w * one) << 16);
         }
-        if (lane == 0) largest[h] = now, weight[h] = total, offset[h] = added;
-    }
-    __syncthreads();
-    float* mine = partial + ((size_t)head * splits + split) * GROUP * (D + 2);
-    float* whole = query;  // [GROUP][PITCH]
-    for (int i = threadIdx.x; i < GROUP * D; i += WARPS * 32) {
-        const int h = i / D, d = i % D;
-        float total = 0;
+    };
+    for (int i = threadIdx.x; i < QUADS; i += THREADS) {
+        const int h = i / (D / 4), d = i % (D / 4) * 4;
+        Sum all;
+        float most[WARPS + 1];
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) total = fmaf(found[w][h][d], shares[h][w], total);
-        total = fmaf(total, UNIT, offset[h]);
-        if (has_first) total = fmaf(found_first[h * (D + 2) + d], shares[h][WARPS], total);
-        if (splits == 1)
-            whole[h * PITCH + d] = total;
-        else
-            mine[h * (D + 2) + d] = total;
+        for (int w = 0; w < WARPS; w++) most[w] = about[w][h].x;
+        most[WARPS] = has_first ? found_first[h * (D + 4) + D] : NONE;
+        all.renew(most);
+        float added = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) {
+            const float part = power_of_two(most[w] - all.most);
+            all.add(*(const float4*)&found[w][h][d], about[w][h].y, part);
+            added = fmaf(about[w][h].z, part, added);
+        }
+        all.sum.x = fmaf(all.sum.x, UNIT, added), all.sum.y = fmaf(all.sum.y, UNIT, added);
+        all.sum.z = fmaf(all.sum.z, UNIT, added), all.sum.w = fmaf(all.sum.w, UNIT, added);
+        if (has_first)
+            all.add(*(const float4*)(found_first + h * (D + 4) + d), found_first[h * (D + 4) + D + 1],
+                    power_of_two(most[WARPS] - all.most));
+        if (splits == 1) {
+            finish(i, all);
+        } else {
+            __stcg((float4*)(mine + h * D + d), all.sum);
+            if (d == 0) __stcg((float2*)(mine + GROUP * D) + h, make_float2(all.most, all.weight));
+        }
     }
     if (splits > 1) {
-        if (threadIdx.x < GROUP) {
-            mine[threadIdx.x * (D + 2) + D] = largest[threadIdx.x];
-            mine[threadIdx.x * (D + 2) + D + 1] = weight[threadIdx.x];
+        // The last block to come adds up what all of a kv head's found, whatever their order.
+        int* last = (int*)(query + D + 1);
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            int before;
+            asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], 1;"
+                         : "=r"(before)
+                         : "l"(counters + head)
+                         : "memory");
+            *last = before == splits - 1;
+            if (before == splits - 1) counters[head] = 0;
         }
-        __threadfence();
         __syncthreads();
-        if (threadIdx.x == 0) last = atomicAdd(counters + head, 1) == splits - 1;
-        __syncthreads();
-        if (!last) return;
-        __threadfence();
-        if (threadIdx.x == 0) counters[head] = 0;
-        // Every block's share of each head first: its loads then wait for memory together.
-        const float* all = partial + (size_t)head * splits * GROUP * (D + 2);
-        float* all_shares = (float*)shared;  // [GROUP][splits]
-        for (int i = threadIdx.x; i < GROUP * splits; i += WARPS * 32)
-            all_shares[i] = __ldcg(all + ((i % splits) * GROUP + i / splits) * (D + 2) + D);
-        __syncthreads();
-        for (int h = warp; h < GROUP; h += WARPS) {
-            float* own_shares = all_shares + h * splits;
-            float most = NONE, total = 0;
-            for (int s = lane; s < splits; s += 32) most = fmaxf(most, own_shares[s]);
+        if (!*last) return;
+        const float* blocks = partial + (size_t)head * splits * PARTIAL;
+        float4* team_sums = (float4*)shared;  // [THREADS]
+        float2* team_about = (float2*)(shared + 16 * THREADS);
+        const int team = TEAMS > 1 ? threadIdx.x / QUADS : 0;
+        for (int i = TEAMS > 1 ? threadIdx.x % QUADS : threadIdx.x; i < QUADS && team < TEAMS; i += THREADS) {
+            Sum all;
+            // All of a batch of loads wait for memory together.
+            constexpr int BATCH = 8;
+            for (int first = team; first < splits; first += BATCH * TEAMS) {
+                float4 sums[BATCH];
+                float most[BATCH], weight[BATCH];
 #pragma unroll
-            for (int apart = 16; apart; apart >>= 1) most = fmaxf(most, __shfl_xor_sync(ALL, most, apart));
-            for (int s = lane; s < splits; s += 32) {
-                const float share = power_of_two(own_shares[s] - most);
-                own_shares[s] = share;
-                total = fmaf(__ldcg(all + (s * GROUP + h) * (D + 2) + D + 1), share, total);
+                for (int j = 0; j < BATCH; j++) {
+                    const bool there = first + j * TEAMS < splits;
+                    const float* block = blocks + (size_t)(there ? first + j * TEAMS : first) * PARTIAL;
+                    const float2 v = __ldcg((const float2*)(block + GROUP * D) + i / (D / 4));
+                    most[j] = there ? v.x : NONE, weight[j] = there ? v.y : 0;
+                    sums[j] = __ldcg((const float4*)block + i);
+                }
+                all.renew(most);
+#pragma unroll
+                for (int j = 0; j < BATCH; j++)
+                    if (first + j * TEAMS < splits) all.add(sums[j], weight[j], power_of_two(most[j] - all.most));
             }
-#pragma unroll
-            for (int apart = 16; apart; apart >>= 1) total += __shfl_xor_sync(ALL, total, apart);
-            if (lane == 0) weight[h] = total;
+            if (TEAMS > 1) {
+                team_sums[threadIdx.x] = all.sum;
+                team_about[threadIdx.x] = make_float2(all.most, all.weight);
+            } else
+                finish(i, all);
         }
-        __syncthreads();
-        for (int i = threadIdx.x; i < GROUP * D; i += WARPS * 32) {
-            const int h = i / D, d = i % D;
-            float total = 0;
-#pragma unroll 8
-            for (int s = 0; s < splits; s++)
-                total = fmaf(__ldcg(all + (s * GROUP + h) * (D + 2) + d), all_shares[h * splits + s], total);
-            whole[h * PITCH + d] = total;
+        if (TEAMS > 1) {
+            __syncthreads();
+            const int i = threadIdx.x;
+            if (i < QUADS) {
+                Sum all;
+                float most[TEAMS];
+#pragma unroll
+                for (int j = 0; j < TEAMS; j++) most[j] = team_about[i + j * QUADS].x;
+                all.renew(most);
+#pragma unroll
+                for (int j = 0; j < TEAMS; j++)
+                    all.add(team_sums[i + j * QUADS], team_about[i + j * QUADS].y, power_of_two(most[j] - all.most));
+                finish(i, all);
+            }
         }
     }
+#if TURN_VALUES
     __syncthreads();
     for (int h = warp; h < GROUP; h += WARPS) {
-        float x[D / 32];
+        float own[D / 32];
 #pragma unroll
-        for (int r = 0; r < D / 32; r++) x[r] = whole[h * PITCH + lane + 32 * r];
-        if (TURN_VALUES) turn(x, lane);
-        const float inverse_weight = 1 / weight[h];
+        for (int r = 0; r < D / 32; r++) own[r] = whole[h * PITCH + lane + 32 * r];
+        turn(own, lane);
+        const float one = 1 / whole[h * PITCH + D];
 #pragma unroll
-        for (int r = 0; r < D / 32; r++)
-            y[(size_t)(head * GROUP + h) * D + lane + 32 * r] = narrow(x[r] * inverse_weight);
+        for (int r = 0; r < D / 32; r++) own_y[h * D + lane + 32 * r] = narrow(own[r] * one);
     }
+#endif
 }

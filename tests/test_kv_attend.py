@@ -23,7 +23,7 @@ from llmsqueeze.numerics.kv_codecs import (
 from llmsqueeze.numerics.kv_constants import Angles
 from llmsqueeze.numerics.kv_tiles import TileFormat
 from llmsqueeze.numerics.rope import rotate
-from llmsqueeze.ops import kv_attend
+from llmsqueeze.ops import kv_attend, kv_kernels
 
 
 @dataclass
@@ -201,3 +201,10 @@ def test_the_operator_is_well_formed() -> None:
     case = make_case("channels", sinks=2, padding=(0, 5), slots=1)
     arguments = case.arguments(query_for(case, 2, torch.bfloat16), 0, 0.1)
     torch.library.opcheck(torch.ops.llmsqueeze.kv_attend, arguments)
+
+
+def test_blocks_fill_multiprocessors() -> None:
+    """Of 132: once where that does, in several turns where many would have nothing to do."""
+    for rows, rounds, expected in ((8, 64, 16), (64, 64, 2), (132, 64, 1), (8, 3, 3), (8, 1, 1)):
+        assert kv_kernels._splits(rows, rounds, 132) == expected
+    assert kv_kernels._splits(72, 64, 132) == 3

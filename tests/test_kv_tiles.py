@@ -140,23 +140,13 @@ def matrix_of(fragment: Tensor) -> Tensor:
     return found
 
 
-def key_place(form: TileFormat, token: int, channel: int) -> int:
+def pair_of(form: TileFormat, channel: int) -> tuple[int, bool]:
+    """A channel's pair, and whether it is the second of it: outliers_scores."""
     inside = channel < form.rotary
     half = form.rotary // 2 if inside else (form.width - form.rotary) // 2
     from_ = channel if inside else channel - form.rotary
     second = from_ >= half
-    pair = from_ - (half if second else 0) + (0 if inside else form.rotary // 2)
-    return (
-        (pair >> 3) * 512 + (token & 7) * 64 + (pair >> 1 & 3) * 16 + second * 8 + (token >> 3) * 4
-        + (pair & 1) * 2
-    )  # fmt: skip
-
-
-def value_place(token: int, channel: int) -> int:
-    return (
-        (channel >> 4) * 512 + (channel & 7) * 64 + (token >> 1 & 3) * 16 + (token >> 3) * 8
-        + (channel >> 3 & 1) * 4 + (token & 1) * 2
-    )  # fmt: skip
+    return from_ - (half if second else 0) + (0 if inside else form.rotary // 2), second
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda f: f"{f.width}-{f.bits}-{f.key_slots}")
@@ -178,23 +168,28 @@ def test_lanes_find_fragments(form: TileFormat) -> None:
         assert torch.equal(keys, fields.keys[:, channels])
         values = matrix_of(lane_fragment(words, form, count + f))
         assert torch.equal(values, fields.values[:, 16 * f : 16 * f + 16].t())
-    for channels, place in (
-        (fields.key_channels, lambda t, c: key_place(form, t, c)),
-        (fields.value_channels, value_place),
-    ):
-        sparse = torch.zeros(count * 256)
-        dense = torch.zeros(TOKENS, form.width)
-        for token, slot in itertools.product(range(TOKENS), range(channels.shape[1])):
-            channel = int(channels[token, slot])
-            sparse[place(token, channel) // 2] = dense[token, channel] = 1 + token + 100 * slot
-        for f in range(count):
-            found = matrix_of(sparse.view(count, 32, 4, 2)[f])
-            own = torch.arange(8 * f, 8 * f + 8)
-            if place is value_place:
-                assert torch.equal(found, dense[:, 16 * f : 16 * f + 16].t())
-            else:
-                pairs = torch.cat([order[own], order[form.width // 2 + own]])
-                assert torch.equal(found, dense[:, pairs])
+    for channel in range(form.width):
+        pair, second = pair_of(form, channel)
+        assert order[pair + second * form.width // 2] == channel
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_outliers_of_values_are_products_of_two_matrices(slots: int) -> None:
+    """Struct Outliers: rows of channels modulo 16, times numerators of a fragment's channels alone."""
+    form = TileFormat(96, 4, False, True, 0, slots)
+    fields = random_fields(form, 1)
+    numerators = torch.randn(TOKENS, 8)
+    found = torch.zeros(form.width, 8)
+    for slot in range(slots):
+        channels, missing = fields.value_channels[:, slot].int(), fields.value_missing[:, slot]
+        rows = torch.where(channels % 16 == torch.arange(16)[:, None], missing.float(), 0)
+        for f in range(form.width // 16):
+            own = numerators * (channels // 16 == f)[:, None]
+            found[16 * f : 16 * f + 16] += rows @ own
+    dense = torch.zeros(TOKENS, form.width).scatter_(
+        1, fields.value_channels.long(), fields.value_missing.float()
+    )
+    assert torch.allclose(found, dense.mT @ numerators, atol=1e-5)
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda f: f"{f.width}-{f.bits}-{f.key_slots}")
@@ -249,7 +244,24 @@ def test_lanes_rotate_keys_and_queries(width: int, rotary: int) -> None:
             b[2 * T[lane] : 2 * T[lane] + 2] = co * q[one] + si * q[two]
             b[2 * T[lane] + 8 : 2 * T[lane] + 10] = co * q[two] - si * q[one]
         scores += (matrix_of(a) @ b).float()
+    # Outliers: steps and constants by their bytes, as outliers_scores and its table of factors find them.
+    outliers = torch.randint(0, width, (TOKENS,), generator=generator)
+    missing = torch.randn(TOKENS, generator=generator).double()
+    halves, flat = angles.steps[tile].double(), constants[head].flatten()
+    for token in range(TOKENS):
+        channel = int(outliers[token])
+        pair, second = pair_of(form, channel)
+        of_fragment = (pair >> 3) * 96 * 8 + second * 256 + (pair >> 1 & 3) * 8 + (pair & 1)
+        factor = flat[of_fragment] / keys.scale[head, 0, channel].double()
+        word = ((pair >> 4) * 64 + (pair >> 1 & 3) * 16 + (pair & 8)) // 2
+        far_cos, far_sin = halves[word + (pair & 1)], halves[word + 2 + (pair & 1)]
+        near_cos, near_sin = angles.table[token, pair].double()
+        co = (far_cos * near_cos - far_sin * near_sin) * missing[token] * factor
+        si = (far_sin * near_cos + far_cos * near_sin) * missing[token] * factor
+        one, two = q[order[pair]], q[order[width // 2 + pair]]
+        scores[token] += float(-si * one + co * two if second else co * one + si * two)
     whole = x * keys.scale[head].double() + keys.offset[head].double()
+    whole[torch.arange(TOKENS), outliers] += missing
     at = slice(16 * tile, 16 * tile + 16)
     half = rotary // 2
     first, second = whole[:, :half], whole[:, half:rotary]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,10 @@ from llmsqueeze.ops.operands import half
 _LOG2_E = 1.4426950408889634
 # Warps of a block, stages of their rings, copies of the table of pairs; the best first, what fits is taken.
 _SHAPES = (
-    (8, 4, 32), (8, 3, 32), (8, 2, 32), (4, 3, 32), (8, 2, 8), (4, 3, 8), (4, 2, 8), (2, 2, 8),
+    (8, 3, 32), (8, 2, 32), (4, 3, 32), (8, 2, 8), (4, 3, 8), (4, 2, 8), (2, 2, 8),
 )  # fmt: skip
+# What a block does before and after its tiles takes as long as so many of a warp.
+_START = 8
 # Constants of channels that a lane can hold: beyond this width they stay in shared memory.
 _HELD = 128
 
@@ -40,13 +44,16 @@ def kv_attend(
     macros = variant(form, group, cuda.most_shared(device)) | {
         "HALF": half(q), "PDL": int(cuda.is_hopper(device)),
     }  # fmt: skip
-    # One block to a multiprocessor, and a tile or more for every warp.
-    most = cuda.architecture(device)[1] // (batch * kv_heads)
-    splits = max(1, min(most, -(-capacity // macros["WARPS"])))
+    processors = cuda.architecture(device)[1]
+    splits = _splits(batch * kv_heads, -(-capacity // macros["WARPS"]), processors)
     y = q.new_empty(batch, 1, heads, width)
+    shared = shared_bytes(form, group, macros)
+    if macros["PDL"] and splits * batch * kv_heads <= processors:
+        # More than half: of blocks that start early, no two are to share a multiprocessor.
+        shared = max(shared, (cuda.most_shared(device) + 4096) // 2)
     partial = None
     if splits > 1:
-        size = batch * kv_heads * splits * group * (width + 2)
+        size = batch * kv_heads * splits * group * (width + 4)
         partial = q.new_empty(size, dtype=torch.float32)
     sinks = 0 if key_sinks is None else key_sinks.shape[2]
     cuda.launch(
@@ -54,9 +61,18 @@ def kv_attend(
         (q.contiguous(), tiles, length, padding, books, channels, inverse, angles, steps, key_sinks,
          value_sinks, y, partial, counters, scale * _LOG2_E, capacity, kv_heads, sinks, window),
         grid=(splits, batch * kv_heads), block=32 * macros["WARPS"],
-        shared=shared_bytes(form, group, macros),
+        shared=shared,
     )  # fmt: skip
     return y
+
+
+@functools.cache
+def _splits(rows: int, rounds: int, processors: int) -> int:
+    """Into how many blocks the tiles of a kv head are divided; rounds: tiles of a warp, were it one block."""
+    return min(
+        range(1, min(rounds, processors) + 1),
+        key=lambda splits: -(-rows * splits // processors) * (_START + -(-rounds // splits)),
+    )
 
 
 def variant(form: TileFormat, group: int, shared: int) -> dict[str, int]:
@@ -84,9 +100,9 @@ def shared_bytes(form: TileFormat, group: int, macros: dict[str, int]) -> int:
     table = 0 if form.bits == FP8 else 2048 * macros["COPIES"]
     stage = form.record + (2 * width if channels else 0)
     front = max(table + warps * stages * stage, 4 * warps * group * (width + 4))
-    sparse = warps * 32 * width if form.key_slots or form.value_slots else 0
     constants = 96 * width if channels and not macros["HELD"] else 0
-    inverse = 4 * width if form.key_slots else 0
+    columns = 8 if group > 4 or group == 3 else 4 if group == 4 else 2
+    outliers = (68 + 4 * columns) * width if form.key_slots else 0
     queries = 4 * group * (width + 8)
-    sinks = 4 * group * (width + 2)
-    return front + sparse + constants + inverse + queries + sinks + 8 * warps * stages
+    sinks = 4 * group * (width + 4)
+    return front + constants + outliers + queries + sinks + 8 * warps * stages

@@ -32,6 +32,9 @@ def kv_attend(
     the rotary embedding: what stands at the first positions in place of what tiles hold there. window: only
     the last so many tokens are seen; 0: all. counters: int32, zeros that the kernel works with and leaves
     zero; at least batch · kv heads. Returns [batch, 1, heads, D].
+
+    On Hopper tiles are read while launches just before may still run. Such a launch may write q, length,
+    padding, sinks and the tile of the newest token, but no tile before it.
     """
     shape = TileFormat.from_arguments(format)
     batch, heads, _, width = q.shape
