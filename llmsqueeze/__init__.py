@@ -8,7 +8,7 @@ from typing import Any
 
 from llmsqueeze import _register
 from llmsqueeze._version import __version__
-from llmsqueeze.errors import LlmsqueezeError
+from llmsqueeze.errors import EnvironmentFault, LlmsqueezeError
 
 __all__ = ["LlmsqueezeError", "__version__", "kv_cache", "use_kernels"]
 
@@ -28,7 +28,12 @@ def kv_cache(model: Any, tokens: int | None = None) -> Any:
         return attached_cache(model)
     from llmsqueeze.runtime.generate import fixed_cache
 
-    return fixed_cache(model, tokens, attached_formats(model))
+    cache = fixed_cache(model, tokens, attached_formats(model))
+    if cache.is_compileable:
+        raise EnvironmentFault(
+            "this model has layers of sliding attention, whose cache cannot lie in tiles; leave tokens out"
+        )
+    return cache
 
 
 def use_kernels(model: Any) -> Any:

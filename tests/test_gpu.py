@@ -643,14 +643,17 @@ def test_tokens_are_coded_into_tiles_as_on_the_cpu(case: int) -> None:
     assert abs(errors[0] - errors[1]) < 0.02 * errors[0]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # inductor's own
 @pytest.mark.parametrize(
     "name", ["fp8", "rotate:4", "rotate:3", "kvquant:4", "kvquant:3", "plain:4"]
 )
 def test_a_cache_in_tiles_decodes_in_a_graph(name: str) -> None:
-    from llmsqueeze.runtime.generate import Decoder
+    from llmsqueeze.evaluate import cache_options
+    from llmsqueeze.runtime.generate import Decoder, fixed_cache
     from llmsqueeze.runtime.kv_cache import packed_cache
     from tests.test_tiles import PROMPT, format_of, stepwise, wide_model
 
+    torch._dynamo.reset()  # generate compiles; what other tests compiled counts towards a limit
     model = wide_model().to(torch.float16).cuda()
     calibrated = name.partition(":")[0] in ("kvquant", "plain")
     formats = dict.fromkeys(
@@ -665,13 +668,13 @@ def test_a_cache_in_tiles_decodes_in_a_graph(name: str) -> None:
     decoder = Decoder(model, 64, formats=formats)
     decoder.cache.reset()
     found = stepwise(model, decoder.cache, ids).float()
-    assert float((found - expected).norm()) < 0.5 * float((expected - exact).norm()) + 0.01
+    # A number at the border of two codes may be given either, and feedback then codes the rest otherwise, as
+    # well: what was lost is compared.
+    lost = float((expected - exact).norm())
+    assert float((found - exact).norm()) < 1.3 * lost + 0.002 * float(exact.norm())
     twice = [[int(token) for token in decoder.generate(PROMPT, 12)] for _ in range(2)]
     assert twice[0] == twice[1] and twice[0][0] == int(exact[-1].argmax())
     options = {"do_sample": False, "eos_token_id": None}
-    from llmsqueeze.evaluate import cache_options
-    from llmsqueeze.runtime.generate import fixed_cache
-
     options |= cache_options(model, fixed_cache(model, 64, formats))
     generated = model.generate(ids[None], max_new_tokens=12, **options)[0, len(ids) :]
     assert generated[:3].tolist() == twice[0][:3]

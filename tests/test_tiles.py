@@ -135,5 +135,7 @@ def test_generate_takes_it() -> None:
     options |= cache_options(model, llmsqueeze.kv_cache(model, tokens=64))
     with pytest.raises(EnvironmentFault, match="without padding"):
         model.generate(both, attention_mask=padded, max_new_tokens=2, **options)
+    with pytest.raises(EnvironmentFault, match="--no-compile"):
+        Decoder(model, 64, compiled=True, formats=model.llmsqueeze_kv_formats)
     with pytest.raises(RecipeError, match="quantize-kv"):
         llmsqueeze.kv_cache(wide_model(), tokens=64)
