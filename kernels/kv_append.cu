@@ -118,7 +118,7 @@ __device__ __forceinline__ u32 largest(const float (&size)[EACH], u8* channels) 
     return taken;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 4)
 kv_append(const u16* __restrict__ key, const u16* __restrict__ value, u8* __restrict__ tiles,
           const int* __restrict__ length, const int* __restrict__ padding, const float* __restrict__ books,
           const float* __restrict__ offset, const float* __restrict__ scale, const int* __restrict__ order,

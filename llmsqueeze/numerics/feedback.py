@@ -70,7 +70,8 @@ class Feedback:
         steps = []
         # The later channels that minimise eᵀ M e, given the group's errors.
         for start, stop in itertools.pairwise([0, *group_ends(width)[:-1]]):
-            solved = torch.linalg.solve(metric[:, stop:, stop:], metric[:, stop:, start:stop])
+            factor = torch.linalg.cholesky(metric[:, stop:, stop:])
+            solved = torch.cholesky_solve(metric[:, stop:, start:stop], factor)
             steps.append(solved.mT.contiguous())
         return cls(order, tuple(steps))
 
