@@ -5,25 +5,14 @@
 // [capacity] records; length: one number, this token included; padding: [batch] or null. books: [2][2][2^BITS], of K
 // and of V the values that are chosen from and those they stand for, fp32. Of keys by channel, [kv heads][D] each:
 // offset and scale, and, or null, order: the channels in the order of their rounding; steps: [kv heads]
-// [steps_of_head], how each group's errors are passed on; angles: [16 + blocks][D / 2] cos and sin. key_sinks, value_sinks: [batch · kv
-// heads][sinks][D].
+// [steps_of_head], how each group's errors are passed on; angles: [16 + blocks][D / 2] cos and sin. key_sinks,
+// value_sinks: [batch · kv heads][sinks][D].
 //
-// Macros: D; BITS of a code, 8 for e4m3; CHANNELS, keys are by channel; OFFSETS, of values; KEY_SLOTS, VALUE_SLOTS,
-// outliers of a token; TURN_KEYS, TURN_VALUES, by a Hadamard matrix; ROTARY, how many channels the rotary embedding
-// turns.
+// Macros: those of kv_tiles.cu; TURN_KEYS, TURN_VALUES, by a Hadamard matrix; ROTARY, how many channels the rotary
+// embedding turns.
 
 #define THREADS 128
 #define EACH (D / 32)  // channels of a lane, 32 apart
-#define FRAGMENTS (D / 16)
-#define WORDS (FRAGMENTS * BITS / 2)
-#define RUN (WORDS % 4 == 0 ? 4 : WORDS % 2 == 0 ? 2 : 1)
-#define PARAMETERS (CHANNELS ? 1 + OFFSETS : 2)
-#define PARAMETERS_AT (128 * WORDS)
-#define KEY_MISSING_AT (PARAMETERS_AT + 32 * PARAMETERS)
-#define KEY_CHANNEL_AT (KEY_MISSING_AT + 32 * KEY_SLOTS)
-#define VALUE_MISSING_AT (KEY_CHANNEL_AT + 16 * KEY_SLOTS)
-#define VALUE_CHANNEL_AT (VALUE_MISSING_AT + 32 * VALUE_SLOTS)
-#define RECORD (VALUE_CHANNEL_AT + 16 * VALUE_SLOTS)
 #define BOOK (BITS == 8 ? 1 : 1 << BITS)
 // The largest power of two that divides D: of a Hadamard matrix.
 #define TURN (D & -D)
@@ -41,12 +30,6 @@ __device__ __forceinline__ float total(float x) {
 #pragma unroll
     for (int apart = 16; apart; apart >>= 1) x += __shfl_xor_sync(ALL, x, apart);
     return x;
-}
-
-__device__ __forceinline__ u16 half_of(float x) {
-    u16 bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    return bits;
 }
 
 __device__ __forceinline__ float of_half(u16 bits) {

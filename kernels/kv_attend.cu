@@ -15,23 +15,12 @@
 // the query is turned back by a tile's angle. Values' scales go into the numerators; what offsets add is the same
 // for all channels, one number. Outliers of keys are added to scores, in fp32; those of values are a product more.
 //
-// Macros: D; GROUP, heads to a kv head, at most 8; BITS of a code, 8 for e4m3; CHANNELS, keys are by channel;
-// OFFSETS, of values; KEY_SLOTS, VALUE_SLOTS, outliers of a token; TURN_KEYS, TURN_VALUES, by a Hadamard matrix;
+// Macros: those of kv_tiles.cu; GROUP, heads to a kv head, at most 8; TURN_KEYS, TURN_VALUES, by a Hadamard matrix;
 // ROTARY, how many channels the rotary embedding turns; WARPS of a block; STAGES of a ring; COPIES of the table,
 // 32 or, where shared memory is small, 8; HELD, constants of channels in registers.
 
-#define FRAGMENTS (D / 16)
-#define WORDS (FRAGMENTS * BITS / 2)
-#define RUN (WORDS % 4 == 0 ? 4 : WORDS % 2 == 0 ? 2 : 1)
 #define KEY_WORDS (BITS == 3 ? (FRAGMENTS + 3) / 4 * 3 : FRAGMENTS * BITS / 4)
 #define KEY_RUNS ((KEY_WORDS + RUN - 1) / RUN)
-#define PARAMETERS (CHANNELS ? 1 + OFFSETS : 2)
-#define PARAMETERS_AT (128 * WORDS)
-#define KEY_MISSING_AT (PARAMETERS_AT + 32 * PARAMETERS)
-#define KEY_CHANNEL_AT (KEY_MISSING_AT + 32 * KEY_SLOTS)
-#define VALUE_MISSING_AT (KEY_CHANNEL_AT + 16 * KEY_SLOTS)
-#define VALUE_CHANNEL_AT (VALUE_MISSING_AT + 32 * VALUE_SLOTS)
-#define RECORD (VALUE_CHANNEL_AT + 16 * VALUE_SLOTS)
 #define STEP (CHANNELS ? 2 * D : 0)  // bytes of a tile's angles, behind its record
 #define STAGE (RECORD + STEP)
 
@@ -109,12 +98,6 @@ __device__ __forceinline__ u32 halves(float low_, float high_) {
     u32 word;
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high_), "f"(low_));
     return word;
-}
-
-__device__ __forceinline__ u16 half_of(float x) {
-    u16 bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
-    return bits;
 }
 
 __device__ __forceinline__ u32 fma2(u32 a, u32 b, u32 c) {

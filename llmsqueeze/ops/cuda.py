@@ -58,10 +58,15 @@ def cubin_folder() -> Path:
     return (Path(given) if given else base / "llmsqueeze") / "kernels"
 
 
+# What several kernels share, beside what all do.
+_SHARED_SOURCE = {"kv_append": ("kv_tiles",), "kv_attend": ("kv_tiles",)}
+
+
 def source(name: str) -> str:
     """The whole source of kernels/NAME.cu."""
     folder = importlib.resources.files("llmsqueeze._kernels")
-    return "\n".join((folder / f"{part}.cu").read_text("utf-8") for part in ("prelude", name))
+    parts = "prelude", *_SHARED_SOURCE.get(name, ()), name
+    return "\n".join((folder / f"{part}.cu").read_text("utf-8") for part in parts)
 
 
 def compile_cubin(name: str, macros: Macros, arch: str, log: TextIO | None = None) -> bytes:
