@@ -28,7 +28,13 @@ def kv_cache(model: Any, tokens: int | None = None) -> Any:
         return attached_cache(model)
     from llmsqueeze.runtime.generate import fixed_cache
 
-    cache = fixed_cache(model, tokens, attached_formats(model))
+    formats = attached_formats(model)
+    weight = next(model.parameters())
+    if weight.device.type != "cuda" or weight.element_size() != 2:
+        raise EnvironmentFault(
+            "a cache of so many tokens is read by a kernel, on CUDA in bfloat16 or float16; leave tokens out"
+        )
+    cache = fixed_cache(model, tokens, formats)
     if cache.is_compileable:
         raise EnvironmentFault(
             "this model has layers of sliding attention, whose cache cannot lie in tiles; leave tokens out"

@@ -46,7 +46,7 @@ class Capacity:
 
 
 def capacity(checkpoint: Checkpoint) -> Capacity:
-    """Of a checkpoint in 16 bits with kernels; estimated where zeros lie anywhere, else exact."""
+    """Of a checkpoint in 16 bits with kernels; weights with zeros are estimated, all else is exact."""
     config = checkpoint.model.config.get_text_config(decoder=True)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -71,7 +71,9 @@ def capacity(checkpoint: Checkpoint) -> Capacity:
         else:
             cache += plain
             full += 1
-    weights = sum(_on_device(checkpoint, name) for name in checkpoint.sources)
+    gates = checkpoint.activation.gates.values() if checkpoint.activation else ()
+    gated = {f"{member}.weight" for gate in gates for member in (*gate.members, *gate.rows)}
+    weights = sum(_on_device(checkpoint, name, name in gated) for name in checkpoint.sources)
     positions = getattr(config, "max_position_embeddings", None)
     return Capacity(
         weights=weights,
@@ -86,7 +88,8 @@ def capacity(checkpoint: Checkpoint) -> Capacity:
     )
 
 
-def _on_device(checkpoint: Checkpoint, name: str) -> int:
+def _on_device(checkpoint: Checkpoint, name: str, gated: bool) -> int:
+    """Bytes in the layout that runtime.linears chooses."""
     source = checkpoint.sources[name]
     elements = _elements(source)
     if not isinstance(source, PackedSource):
@@ -94,10 +97,13 @@ def _on_device(checkpoint: Checkpoint, name: str) -> int:
     record = source.record
     if record.encoding != "bitmask":
         return stored_bytes(checkpoint, name)
-    if record.sparsity < LEAST_SPARSITY:
-        return 2 * elements
-    if _pattern(checkpoint) == "2:4":
+    pattern = _pattern(checkpoint)
+    if pattern == ("2:4-out" if gated else "2:4"):
         return elements * 9 // 8
+    if pattern == "tile" and not gated:  # half of what is not in dense tiles is zero
+        return round(elements * (16 - 14 * record.sparsity) / 8)
+    if gated or record.sparsity < LEAST_SPARSITY:
+        return 2 * elements
     return round(record.nonzeros * GAP_BITS[record.sparsity >= WIDE_GAPS] / 8)
 
 

@@ -17,7 +17,7 @@ from llmsqueeze.errors import RecipeError
 
 {CHECKPOINT_HELP}
 
-Reads headers, not weights. The cache is exact; weights with zeros anywhere are estimated, to a few percent.
+Reads headers, not weights. The cache is exact; weights with zeros are estimated, to about a tenth.
 Without --memory the GPU here is asked what it has free.
 """
 )

@@ -68,18 +68,32 @@ def test_the_longest_context_is_what_fits(cli: Any, quantised: Any) -> None:
         assert cli("plan", path, *wrong).exit_code == 2
 
 
-def test_weights_take_what_is_said(cli: Any, tiny: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("pattern", "gated"),
+    [("2:4", False), ("tile", False), ("2:4", True), ("2:4-out", True), ("unstructured", True)],
+)
+def test_weights_take_what_is_said(
+    cli: Any, tiny: Any, text_file: Path, tmp_path: Path, pattern: str, gated: bool
+) -> None:
     source = tiny("llama", hidden_size=256, intermediate_size=512, num_hidden_layers=2)
     out = tmp_path / "pruned"
-    args = ["--method", "magnitude", "--pattern", "2:4", "-q"]
+    args = ["--method", "magnitude", "--pattern", pattern, "-q"]
+    if pattern == "tile":
+        args += ["--sparsity", 0.25]
     assert cli("prune", source, "-o", out, *args).exit_code == 0
+    if gated:
+        pruned, out = out, tmp_path / "gated"
+        args = ["--calib", text_file, "--samples", 2, "--seqlen", 48, "--device", "cpu", "-q"]
+        assert cli("sparsify", pruned, "-o", out, *args).exit_code == 0
     checkpoint = Checkpoint(out)
     model = load(checkpoint, torch.bfloat16, CPU)
     found = capacity(checkpoint)
     assert found.dense == sum(2 * p.numel() for p in model.parameters())
     pack_linears(model, CPU)
     held = {id(t): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
-    assert found.weights == pytest.approx(sum(held.values()), rel=0.02)
+    # Columns that 2:4-out keeps whole are stored twice, which is a matter of the budget.
+    off = 0.05 if pattern == "2:4-out" else 0.02
+    assert found.weights == pytest.approx(sum(held.values()), rel=off)
 
 
 @pytest.mark.parametrize("sparsity", [0.5, 0.7])

@@ -12,7 +12,7 @@ import llmsqueeze
 from llmsqueeze.errors import EnvironmentFault, RecipeError
 from llmsqueeze.evaluate import cache_options
 from llmsqueeze.runtime import kv_cache
-from llmsqueeze.runtime.generate import Decoder
+from llmsqueeze.runtime.generate import Decoder, fixed_cache
 from llmsqueeze.runtime.kv_cache import LayerFormat, packed_cache, parse_format
 from llmsqueeze.runtime.tiles import TiledLayer
 from tests.conftest import tiny_model
@@ -123,19 +123,25 @@ def test_generate_takes_it() -> None:
     kv_cache.attach(model, dict.fromkeys(range(model.config.num_hidden_layers), format))
     decoder = Decoder(model, 64, formats=model.llmsqueeze_kv_formats)
     expected = [int(token) for token in decoder.generate(PROMPT, 8)]
-    cache = llmsqueeze.kv_cache(model, tokens=64)
+    formats = kv_cache.attached_formats(model)
+    cache = fixed_cache(model, 64, formats)
     options = cache_options(model, cache) | {"do_sample": False, "eos_token_id": None}
     found = model.generate(PROMPT[None], max_new_tokens=8, **options)
     assert found[0, len(PROMPT) :].tolist() == expected
     both = torch.stack([PROMPT, PROMPT.flip(0)])
-    options |= cache_options(model, llmsqueeze.kv_cache(model, tokens=64))
+    options |= cache_options(model, fixed_cache(model, 64, formats))
     assert model.generate(both, max_new_tokens=8, **options)[0, len(PROMPT) :].tolist() == expected
     padded = torch.ones_like(both)
     padded[0, :3] = 0
-    options |= cache_options(model, llmsqueeze.kv_cache(model, tokens=64))
+    options |= cache_options(model, fixed_cache(model, 64, formats))
     with pytest.raises(EnvironmentFault, match="without padding"):
         model.generate(both, attention_mask=padded, max_new_tokens=2, **options)
     with pytest.raises(EnvironmentFault, match="--no-compile"):
         Decoder(model, 64, compiled=True, formats=model.llmsqueeze_kv_formats)
+    with pytest.raises(EnvironmentFault, match="on CUDA in bfloat16"):
+        llmsqueeze.kv_cache(model, tokens=64)
+    options |= cache_options(model, fixed_cache(model, 30, formats))
+    with pytest.raises(ValueError, match=r"32 \+ 1 tokens do not fit a cache of 32"):
+        model.generate(PROMPT[None], max_new_tokens=20, **options)
     with pytest.raises(RecipeError, match="quantize-kv"):
         llmsqueeze.kv_cache(wide_model(), tokens=64)

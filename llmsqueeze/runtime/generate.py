@@ -28,9 +28,8 @@ def fixed_cache(model: nn.Module, length: int, formats: Mapping[int, LayerFormat
     if formats:
         found = tiled_layers(model, formats, length, *attention.over_tiles(model))
         layers = [found.get(index, layer) for index, layer in enumerate(layers)]
-        if (
-            len(found) < count
-        ):  # or static layers would get no mask that hides what is not there yet
+        if len(found) < count:
+            # Or static layers would get no mask that hides what is not there yet.
             for layer in found.values():
                 layer.is_compileable = True
     return Cache(layers=layers)

@@ -41,14 +41,16 @@ class Hub:
 
 @dataclass
 class Shared:
-    """What the layers of a cache have in common. length: [1] int32, cached tokens; cos, sin: [tokens, R]
-    fp32 of every position, None for keys that are coded after the rotary embedding."""
+    """What the layers of a cache have in common. length: [1] int32, cached tokens; seen: the same as a
+    number, but for steps that a CUDA graph replays; cos, sin: [tokens, R] fp32 of every position, None for
+    keys that are coded after the rotary embedding."""
 
     hub: Hub
     length: Tensor
     counters: Tensor
     cos: Tensor | None
     sin: Tensor | None
+    seen: int = 0
 
 
 class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transformers
@@ -100,6 +102,12 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
                 "model.set_attn_implementation('sdpa') before its decoder is made"
             )
         if self.owner:
+            # A kernel could only trap, and take the process's CUDA with it.
+            if self.shared.seen + count > self.max_cache_len:
+                raise ValueError(
+                    f"{self.shared.seen} + {count} tokens do not fit a cache of {self.max_cache_len}"
+                )
+            self.shared.seen += count
             self.shared.length.add_(count)
         if count > 1:
             self._fill(key_states, value_states)
@@ -135,6 +143,7 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
         """Forget every token; what is allocated stays where it is."""
         self.filled = False
         if self.owner:
+            self.shared.seen = 0
             self.shared.length.zero_()
             self.shared.hub.active, self.shared.hub.prompt = None, False
 
@@ -153,8 +162,6 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
             )
         self.filled = self.shared.hub.prompt = True
         count = key_states.shape[2]
-        if count > self.max_cache_len:
-            raise ValueError(f"{count} tokens do not fit a cache of {self.max_cache_len}")
         keys, values = self.codecs
         for begin in range(0, count, _AT_ONCE):
             piece = slice(begin, min(begin + _AT_ONCE, count))
