@@ -82,7 +82,9 @@ def compare(
 ) -> Comparison:
     """Greedy decoding behind a prompt [tokens]; batch 1. EnvironmentFault if the compressed one is wrong."""
     if device.type != "cuda":
-        raise EnvironmentFault("bench model needs a CUDA GPU: there are no kernels for CPUs yet")
+        raise EnvironmentFault(
+            "bench model needs a CUDA GPU; on a CPU `run` says how many tokens it decodes a second"
+        )
     length = len(prompt) + STEPS * (REPEATS + 1) + 1
     note("dense")
     began = time.perf_counter()

@@ -32,7 +32,7 @@ def plan(
     cache_dir: Path,
 ) -> None:  # fmt: skip
     if min(context, batch) < 1:
-        raise RecipeError("--context and --batch: at least 1")
+        raise RecipeError(f"--context {context} --batch {batch}: both must be at least 1")
     given = None if memory is None else parse_size(memory)
 
     import torch
