@@ -87,7 +87,7 @@ def kernels(console: Console, shapes: str, tokens: str) -> None:
 
 Greedy, batch 1, a cache of fixed size, every step one CUDA graph. Both are compiled by torch.compile, which
 takes a minute each; --no-compile leaves it out. Every operator's result is compared with its reference
-first. With a quantised KV cache (quantize-kv) attention reads it as it lies; that takes --no-compile.
+first. With a quantised KV cache (quantize-kv) attention reads it as it lies.
 """
 )
 @click.argument("checkpoint")
@@ -119,10 +119,6 @@ def model(
 
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
-    if compiled and opened.kv_cache:
-        raise RecipeError(
-            f"{name} quantises its KV cache, which torch.compile does not go together with; use --no-compile"
-        )
     tokenizer = load_tokenizer(opened.path)
     tokens = evaluation_windows(None, tokenizer, seqlen=prompt, windows=1, bos=False).tokens[0]
     found = bench_model.compare(

@@ -679,3 +679,5 @@ def test_a_cache_in_tiles_decodes_in_a_graph(name: str) -> None:
     options |= cache_options(model, fixed_cache(model, 64, formats))
     generated = model.generate(ids[None], max_new_tokens=12, **options)[0, len(ids) :]
     assert generated[:3].tolist() == twice[0][:3]
+    compiled = Decoder(model, 64, compiled=True, formats=formats)
+    assert [int(token) for token in compiled.generate(PROMPT, 12)][:3] == twice[0][:3]

@@ -15,7 +15,7 @@ from llmsqueeze.runtime import kv_cache
 from llmsqueeze.runtime.generate import Decoder, fixed_cache
 from llmsqueeze.runtime.kv_cache import LayerFormat, packed_cache, parse_format
 from llmsqueeze.runtime.tiles import TiledLayer
-from tests.conftest import tiny_model
+from tests.conftest import compile_whole, tiny_model
 from tests.test_kv_append import codecs
 
 # Heads 64 wide, three of them for six queries' heads.
@@ -136,8 +136,6 @@ def test_generate_takes_it() -> None:
     options |= cache_options(model, fixed_cache(model, 64, formats))
     with pytest.raises(EnvironmentFault, match="without padding"):
         model.generate(both, attention_mask=padded, max_new_tokens=2, **options)
-    with pytest.raises(EnvironmentFault, match="--no-compile"):
-        Decoder(model, 64, compiled=True, formats=model.llmsqueeze_kv_formats)
     with pytest.raises(EnvironmentFault, match="on CUDA in bfloat16"):
         llmsqueeze.kv_cache(model, tokens=64)
     options |= cache_options(model, fixed_cache(model, 30, formats))
@@ -145,3 +143,22 @@ def test_generate_takes_it() -> None:
         model.generate(PROMPT[None], max_new_tokens=20, **options)
     with pytest.raises(RecipeError, match="quantize-kv"):
         llmsqueeze.kv_cache(wide_model(), tokens=64)
+
+
+def test_a_step_compiles_whole() -> None:
+    model = wide_model()
+    formats = dict.fromkeys(range(model.config.num_hidden_layers), format_of("kvquant:4", 2))
+    decoder = Decoder(model, 64, formats=formats)
+    options = cache_options(model, decoder.cache)
+    found = []
+    for step in (model, compile_whole(model)):
+        decoder.cache.reset()
+        with torch.no_grad():
+            model(PROMPT[None, :10], **options)
+            steps = [step(PROMPT[None, i : i + 1], **options).logits for i in range(10, 19)]
+        found.append(torch.cat(steps))
+    assert torch.allclose(*found, atol=1e-5)
+    for (
+        layer
+    ) in decoder.cache.layers:  # torch.compile may go wrong where an argument lies within another
+        assert all(sinks.storage_offset() == 0 for sinks in layer.sinks)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 
-from llmsqueeze.errors import EnvironmentFault, RecipeError
+from llmsqueeze.errors import RecipeError
 from llmsqueeze.runtime import attention
 from llmsqueeze.runtime.kv_cache import LayerFormat
 from llmsqueeze.runtime.tiles import TiledLayer, tiled_layers
@@ -41,8 +41,6 @@ class Decoder:
     length: tokens that prompt and answer may have together. compiled: whether torch.compile fuses what
     lies between the kernels; takes a minute. formats: of the layers whose cache is to lie in tiles, see
     runtime.tiles; EnvironmentFault if there is no kernel for one. On a CPU steps run one by one.
-    A cache in tiles cannot be compiled with: on an H100 and torch 2.11 keys that are kept exactly came out
-    as NaN, though not on a CPU, nor uncompiled.
     """
 
     def __init__(
@@ -56,10 +54,6 @@ class Decoder:
         self.model = model
         self.length = length
         self.device = next(model.parameters()).device
-        if compiled and formats:
-            raise EnvironmentFault(
-                "torch.compile and a cache in tiles do not go together; use --no-compile"
-            )
         attention.accept(model)
         self.cache = fixed_cache(model, length, formats or {})
         parameters = inspect.signature(model.forward).parameters

@@ -42,8 +42,8 @@ class Hub:
 @dataclass
 class Shared:
     """What the layers of a cache have in common. length: [1] int32, cached tokens; seen: the same as a
-    number, but for steps that a CUDA graph replays; cos, sin: [tokens, R] fp32 of every position, None for
-    keys that are coded after the rotary embedding."""
+    number, but for steps that were compiled or that a CUDA graph replays; cos, sin: [tokens, R] fp32 of
+    every position, None for keys that are coded after the rotary embedding."""
 
     hub: Hub
     length: Tensor
@@ -56,7 +56,7 @@ class Shared:
 class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transformers
     """One layer. capacity: tokens; owner: this layer counts them, the first that is called."""
 
-    # generate would compile what calls it: with torch 2.11 sinks then came out as NaN, see Decoder.
+    # What transformers' generate would compile by itself; Decoder does where it is asked to.
     is_compileable = False
     is_sliding = False
 
@@ -82,8 +82,9 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
         self.tiles = form.empty(batch, heads, self.max_cache_len, device)
         self.sinks: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
         if self.format.sinks:
-            sinks = key_states.new_zeros(2, batch, heads, self.format.sinks, width)
-            self.sinks = sinks[0], sinks[1]
+            # Two allocations: of views into one, torch.compile (2.11) copied the second from beyond its end.
+            shape = batch, heads, self.format.sinks, width
+            self.sinks = key_states.new_zeros(shape), key_states.new_zeros(shape)
         self._attending, self._coding = self._constants(device)
         self.keys, self.values = self.tiles, self.tiles
         self.device, self.dtype = device, key_states.dtype
@@ -102,12 +103,8 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
                 "model.set_attn_implementation('sdpa') before its decoder is made"
             )
         if self.owner:
-            # A kernel could only trap, and take the process's CUDA with it.
-            if self.shared.seen + count > self.max_cache_len:
-                raise ValueError(
-                    f"{self.shared.seen} + {count} tokens do not fit a cache of {self.max_cache_len}"
-                )
-            self.shared.seen += count
+            if not torch.compiler.is_compiling():  # it would compile anew for another number
+                self._count(count)
             self.shared.length.add_(count)
         if count > 1:
             self._fill(key_states, value_states)
@@ -154,6 +151,14 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
             return 0
         held = (self.tiles, *(s for s in self.sinks if s is not None))
         return sum(t.numel() * t.element_size() for t in held)
+
+    def _count(self, count: int) -> None:
+        # A kernel could only trap, and take the process's CUDA with it.
+        if self.shared.seen + count > self.max_cache_len:
+            raise ValueError(
+                f"{self.shared.seen} + {count} tokens do not fit a cache of {self.max_cache_len}"
+            )
+        self.shared.seen += count
 
     def _fill(self, key_states: Tensor, value_states: Tensor) -> None:
         if self.filled:
