@@ -26,8 +26,9 @@ from llmsqueeze.command import (
 from llmsqueeze.conditions import Condition, parse_size
 from llmsqueeze.errors import DataError, EnvironmentFault, RecipeError
 from llmsqueeze.recipe import DTYPES
-from llmsqueeze.recovery import check_requests, compare, gates, meaningless, parse_gates
+from llmsqueeze.recovery import check_requests, compare, gates, parse_gates
 from llmsqueeze.recovery import rows as task_rows
+from llmsqueeze.recovery import warnings as task_warnings
 
 if TYPE_CHECKING:
     from llmsqueeze.activation import Policy
@@ -79,8 +80,8 @@ as it is cached, the prompt's and the newest token's included; attention sees on
 Bits are those allocated, scales, outliers and sinks included.
 
 --tasks also runs tasks of lm-eval (pip install 'llmsqueeze[eval]'), with the same gates and KV cache. A task
-is a name, an lm-eval .yaml, or a .json or .jsonl of items {"query", "choices", "gold"}. What --against gives
-is kept in --cache-dir, by a hash of checkpoint, requests, settings and versions.
+is a name, an lm-eval .yaml, or a .json or .jsonl of items {{"query", "choices", "gold"}}. Scores of the model
+of --against are kept in --cache-dir, by a hash of checkpoint, requests, settings and versions.
 
 For pipelines: --fail-if, --min-recovery and --max-size end with exit code 1, which nothing else does. What
 was not measured fails.
@@ -103,8 +104,8 @@ was not measured fails.
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
               help="Precision; auto: the checkpoint's on a GPU, float32 on a CPU.")  # fmt: skip
 @click.option("--gate", metavar="POLICY",
-              help="Tokens of a window that are gated: after:TOKENS, tail:SHARE, all or dense. TEAL is "
-              "published with tail:0.5, R-Sparse tail:0.9, WINA tail:0.99, CHESS all."
+              help="Tokens of a window, or of a task's request, that are gated: after:TOKENS, tail:SHARE, "
+              "all or dense. TEAL is published with tail:0.5, R-Sparse tail:0.9, WINA tail:0.99, CHESS all."
               f"  [default: {DEFAULT_GATE}]")  # fmt: skip
 @click.option("--kv-cache", metavar="FORMAT",
               help="Quantise the KV cache: fp8, rotate:4, rotate:3 or rotate:2 (Hadamard and the best codes "
@@ -380,7 +381,7 @@ def evaluate(
         if dropped := measured.tasks_dropped:
             gated["tasks"] = {"sparsity": sum(dropped.values()) / len(dropped)}
         rows |= task_rows(scores)
-        for message in meaningless(scores):
+        for message in task_warnings(scores):
             console.note(message)
     conclude(console, document, name, rows, conditions)
 

@@ -80,6 +80,9 @@ class HarnessLM(HFLM):  # type: ignore[misc]  # untyped
         """What lm-eval calls for model="llmsqueeze"; arguments: those of llmsqueeze.lm_eval_model."""
         options = {**arg_dict, **(additional_config or {})}
         options.pop("max_batch_size", None)  # of searching for a batch size, which is not done
+        size = options.get("batch_size")
+        if size is not None:
+            options["batch_size"] = None if str(size).startswith("auto") else int(size)
         return open_model(**{name: value for name, value in options.items() if value is not None})
 
     @classmethod

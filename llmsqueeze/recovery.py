@@ -65,9 +65,15 @@ def check_requests(sha256: dict[str, str], dense: dict[str, Any], where: str) ->
             )
 
 
-def meaningless(entries: dict[str, Any]) -> list[str]:
-    """Warnings for tasks where the dense model itself hardly beats guessing."""
-    messages = []
+def warnings(entries: dict[str, Any]) -> list[str]:
+    """Where requests were cut, and where the dense model itself hardly beats guessing."""
+    # Counted for all tasks of a group at once.
+    cut = {(entry["truncated"], entry["max_length"]) for entry in entries.values()}
+    messages = [
+        f"warning: {count} requests of tasks were longer than the model's {length} tokens, and cut"
+        for count, length in sorted(cut)
+        if count
+    ]
     for name, entry in entries.items():
         dense, chance, metric = entry.get("dense"), entry["chance"], entry["metric"]
         if not dense or chance is None or not metric.startswith("acc"):

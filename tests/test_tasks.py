@@ -20,7 +20,8 @@ import llmsqueeze
 from llmsqueeze.activation import Policy
 from llmsqueeze.errors import DataError
 from llmsqueeze.evaluate import cache_options
-from llmsqueeze.recovery import compare, gates, meaningless, parse_gates, recovery
+from llmsqueeze.ops import cpu
+from llmsqueeze.recovery import compare, gates, parse_gates, recovery, warnings
 from llmsqueeze.runtime.gates import gating_of
 from llmsqueeze.runtime.kv_cache import packed_cache, parse_format
 from llmsqueeze.task_cache import TaskCache, checkpoint_sha256
@@ -203,6 +204,20 @@ def test_padding_would_have_changed_what_a_gate_sees(gated: Path) -> None:
     assert beside == pytest.approx(alone, abs=1e-5)
 
 
+@pytest.mark.skipif(cpu.library() is None, reason="no kernels built")
+def test_kernels_compute_with_what_is_stored(
+    run: Any, cli: Any, tiny: Any, items: Path, tmp_path: Path, prune_args: list[Any]
+) -> None:
+    """The head of such a model is tied to the embedding, and no parameter: lm-eval must not tie it again."""
+    source = tiny("llama", tie_word_embeddings=True)
+    pruned = tmp_path / "pruned"
+    assert cli("prune", source, "-o", pruned, "--method", "wanda", *prune_args).exit_code == 0
+    result = run(pruned, "--tasks", items, "--backend", "kernels", "--dtype", "float32")
+    assert json.loads(result.stdout)["backend"] == "kernels", result.stderr
+    expected = oracle(pruned)
+    assert {name: measured(result)[name] for name in expected} == pytest.approx(expected)
+
+
 def yaml_task(path: Path, rows: list[dict[str, Any]], body: str) -> Path:
     data = path.with_suffix(".data.jsonl")
     data.write_text("\n".join(map(json.dumps, rows)))
@@ -351,6 +366,7 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
         found = lm_eval.simple_evaluate(
             model="llmsqueeze",
             model_args={"pretrained": str(tiny()), "device": "cpu"},
+            batch_size="auto",
             tasks=[str(task)],
             task_manager=manager,
             bootstrap_iters=0,
@@ -495,15 +511,18 @@ def test_recovery_follows_what_is_better() -> None:
         assert recovery(value, dense, better) is None
 
 
-def test_a_dense_model_at_chance_is_told() -> None:
-    def entry(acc: float) -> dict[str, Any]:
-        dense = {"acc": acc, "acc_stderr": 0.02}
-        return {"t": {"metric": "acc", "chance": 0.5, "dense": dense}}
+def test_what_is_doubtful_is_told() -> None:
+    plain = {"metric": "acc", "chance": 0.5, "truncated": 0, "max_length": 64}
 
-    assert "hardly above chance" in meaningless(entry(0.53))[0]
-    assert not meaningless(entry(0.55))
-    assert not meaningless({"t": {"metric": "acc", "chance": None, "dense": {"acc": 0.5}}})
-    assert not meaningless({"t": {"metric": "acc", "chance": 0.5}})
+    def entry(acc: float) -> dict[str, Any]:
+        return {"t": {**plain, "dense": {"acc": acc, "acc_stderr": 0.02}}}
+
+    assert "hardly above chance" in warnings(entry(0.53))[0]
+    assert not warnings(entry(0.55))
+    assert not warnings({"t": {**plain, "chance": None, "dense": {"acc": 0.5}}})
+    assert not warnings({"t": plain})
+    cut = {**plain, "truncated": 3}
+    assert ["3 requests" in message for message in warnings({"t": cut, "u": cut})] == [True]
 
 
 def test_gates_are_read_strictly() -> None:
