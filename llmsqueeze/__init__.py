@@ -1,16 +1,21 @@
 """Post-training compression of language models: smaller files, measured quality.
 
 Importing this package teaches transformers to load llmsqueeze checkpoints with
-``AutoModelForCausalLM.from_pretrained``. It imports neither torch nor transformers itself.
+``AutoModelForCausalLM.from_pretrained``, and lm-eval the model name "llmsqueeze". It imports neither torch
+nor transformers itself.
 """
 
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 from llmsqueeze import _register
 from llmsqueeze._version import __version__
 from llmsqueeze.errors import EnvironmentFault, LlmsqueezeError
 
-__all__ = ["LlmsqueezeError", "__version__", "kv_cache", "use_kernels"]
+__all__ = ["LlmsqueezeError", "__version__", "kv_cache", "lm_eval_model", "use_kernels"]
 
 
 def kv_cache(model: Any, tokens: int | None = None) -> Any:
@@ -40,6 +45,21 @@ def kv_cache(model: Any, tokens: int | None = None) -> Any:
             "this model has layers of sliding attention, whose cache cannot lie in tiles; leave tokens out"
         )
     return cache
+
+
+def lm_eval_model(pretrained: str | Path, **options: Any) -> Any:
+    """A checkpoint directory as lm-eval's model (an HFLM), run as `llmsqueeze eval --tasks` runs it.
+
+    For lm_eval.simple_evaluate(model=…), which also takes model="llmsqueeze" with these arguments as its
+    model_args. options, as on the command line: dtype, device, bos, gate, kv_cache, backend; and
+    batch_size: requests to a pass, by default as many as are of one length, up to a number of tokens.
+    EnvironmentFault when lm-eval is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise EnvironmentFault("this needs lm-eval: pip install 'llmsqueeze[eval]'")
+    from llmsqueeze.harness import open_model
+
+    return open_model(pretrained, **options)
 
 
 def use_kernels(model: Any) -> Any:
