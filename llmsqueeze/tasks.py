@@ -306,9 +306,8 @@ def _readable(spec: str, *, reachable: bool = False) -> Iterator[None]:
         raise DataError(f"--tasks {spec}: {_first_line(error)}") from error
     except (LlmsqueezeError, MemoryError, OSError, RuntimeError):
         raise
-    except (
-        Exception
-    ) as error:  # lm-eval raises many kinds; all mean that a task is not what it says
+    # lm-eval raises many kinds; all mean that a task is not what it says.
+    except Exception as error:
         raise DataError(f"--tasks {spec}: {type(error).__name__}: {_first_line(error)}") from error
 
 
