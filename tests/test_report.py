@@ -7,8 +7,9 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
-import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -658,42 +659,71 @@ def test_for_terminals_pipes_and_actions(
     assert quiet.exit_code == 0 and quiet.stderr == ""
 
 
-def test_the_workflow_of_the_readme(tiny: Tiny, text_file: Path, tmp_path: Path) -> None:
-    """Its shell lines, as GitHub Actions runs them: with limits that hold, and with one that does not."""
+# Stands for the command on the PATH of a script: leaves a request, and gives what came of it.
+SHIM = """#!/bin/sh
+here=$(mktemp -d "$REQUESTS/XXXXXX")
+printf '%s\\n' "$@" > "$here/arguments"
+mv "$here/arguments" "$here/request"
+until [ -e "$here/code" ]; do sleep 0.05; done
+cat "$here/stdout"
+cat "$here/stderr" >&2
+exit "$(cat "$here/code")"
+"""
+
+
+@pytest.mark.parametrize(("ratio", "code"), [("100", 0), ("0.5", 1)])
+def test_the_workflow_of_the_readme(
+    cli: Cli, tiny: Tiny, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    ratio: str, code: int,
+) -> None:  # fmt: skip
+    """Its shell lines, as GitHub Actions runs them: with limits that hold, and with one that does not.
+
+    The shell is a real one; its commands run in this process, where torch is imported already.
+    """
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     (block,) = re.findall("<!-- pipeline -->\n```yaml\n(.*?)```", readme, re.DOTALL)
     job = yaml.safe_load(block)["jobs"]["compress"]
     (script,) = [step["run"] for step in job["steps"] if step.get("id") == "squeeze"]
-    shim = tmp_path / "bin" / "llmsqueeze"
-    shim.parent.mkdir()
-    shim.write_text(f'#!/bin/sh\nexec {sys.executable} -m llmsqueeze "$@"\n')
-    shim.chmod(0o755)
-    quick = {
+    shim, requests, work = (tmp_path / name for name in ("bin", "requests", "work"))
+    for directory in (shim, requests, work):
+        directory.mkdir()
+    (shim / "llmsqueeze").write_text(SHIM)
+    (shim / "llmsqueeze").chmod(0o755)
+    environment = {key: str(value) for key, value in job["env"].items()} | {
         "MODEL": str(tiny()),
         "CALIBRATION": f"--calib {text_file} --samples 4 --seqlen 24 --method wanda --device cpu",
         "EVALUATION": "--seqlen 32 --windows 4 --device cpu",
-    }
-    running = {}
-    for name, ratio in (("passes", "100"), ("fails", "0.5")):
-        (tmp_path / name).mkdir()
-        environment = os.environ | {key: str(value) for key, value in job["env"].items()} | quick
-        environment |= {
-            "PATH": f"{shim.parent}:{os.environ['PATH']}", "RATIO": ratio,
-            "PYTHONPATH": str(Path(__file__).parent.parent), "GITHUB_ACTIONS": "true",
-            "GITHUB_STEP_SUMMARY": str(tmp_path / name / "summary.md"),
-        }  # fmt: skip
-        running[name] = subprocess.Popen(
-            ["bash", "-e", "-c", script], cwd=tmp_path / name, env=environment, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )  # fmt: skip
-    output = {name: process.communicate(timeout=240) for name, process in running.items()}
-    codes = {name: process.returncode for name, process in running.items()}
-    assert codes == {"passes": 0, "fails": 1}, output
-    errors = {n: [e for e in err.splitlines() if "::error" in e] for n, (_, err) in output.items()}
-    assert errors["passes"] == []
-    (line,) = errors["fails"]
-    assert line.startswith("::error title=llmsqueeze::token_ppl_ratio > 0.5: ")
-    for name, sign in (("passes", "✅"), ("fails", "❌")):
-        assert (tmp_path / name / "summary.md").read_text().startswith(f"## {sign}")
-        failures = ElementTree.parse(tmp_path / name / "report" / "junit.xml").getroot()
-        assert failures.get("failures") == str(codes[name])
+        "RATIO": ratio, "GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(work / "summary.md"),
+        "REQUESTS": str(requests), "PATH": f"{shim}:{os.environ['PATH']}",
+    }  # fmt: skip
+    assert environment.keys() >= job["env"].keys()
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.chdir(work)
+    shell = subprocess.Popen(
+        ["bash", "-e", "-c", script], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    ran = []
+    try:
+        while shell.poll() is None:
+            for request in requests.glob("*/request"):
+                ran.append(request.read_text().splitlines())
+                request.unlink()
+                result = cli(*ran[-1])
+                for name in ("stdout", "stderr", "exit_code"):
+                    (request.parent / name).write_text(str(getattr(result, name)))
+                (request.parent / "exit_code").rename(request.parent / "code")
+            time.sleep(0.02)
+    finally:
+        if shell.poll() is None:
+            os.killpg(shell.pid, signal.SIGKILL)
+    _, err = shell.communicate()
+    assert [arguments[0] for arguments in ran] == ["prune", "eval", "report"]
+    assert shell.returncode == code, err
+    errors = [line for line in err.splitlines() if "::error" in line]
+    assert len(errors) == code
+    assert all("::error title=llmsqueeze::token_ppl_ratio > 0.5: " in line for line in errors)
+    assert (work / "summary.md").read_text().startswith(f"## {'❌' if code else '✅'}")
+    failures = ElementTree.parse(work / "report" / "junit.xml").getroot()
+    assert failures.get("failures") == str(code)
