@@ -140,7 +140,10 @@ def settle(
     from llmsqueeze.console import facts
 
     for outcome in outcomes:
-        rows[f"fail if {outcome.condition}"] = "FAILED" if outcome.failed else "passed"
+        # A report judges one condition on several results: it passes if it does on all.
+        name = f"fail if {outcome.condition}"
+        failed = outcome.failed or rows.get(name) == "FAILED"
+        rows[name] = "FAILED" if failed else "passed"
     console.result(document, facts(title, rows))
     for outcome in outcomes:
         if outcome.failed:

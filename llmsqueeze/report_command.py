@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from llmsqueeze.console import Console
 
 
+# What conditions that were given to this command are called, to tell them from those of results.
+OWN = "report"
+
+
 def _print_schema(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
     if wanted and not context.resilient_parsing:
         click.echo(json.dumps(REPORT_SCHEMA, indent=1))
@@ -81,9 +85,9 @@ def report(
         made = library.build(
             opened, results, lambda done, total: progress("checkpoint", done, total, "")
         )
-    outcomes = _judge(made["results"], conditions)
-    described = [{"of": "report", **outcome.describe()} for outcome in outcomes]
-    made["conditions"] += described
+    judged = _judge(made["results"], conditions)
+    outcomes = [outcome for _, outcome in judged]
+    made["conditions"] += [{"of": of, **outcome.describe()} for of, outcome in judged]
     made["failed"] |= any(outcome.failed for outcome in outcomes)
     files = write(made, out, overwrite=overwrite)
     document = {
@@ -96,16 +100,17 @@ def report(
     settle(console, document, str(out), _rows(made, files), outcomes)
 
 
-def _judge(results: list[dict[str, Any]], conditions: list[Condition]) -> list[Outcome]:
-    """Every condition on every result that has its number; what none has, or an error kept back, fails."""
+def _judge(results: list[dict[str, Any]], conditions: list[Condition]) -> list[tuple[str, Outcome]]:
+    """Every condition on every result that has its number, and on which; what none has, or an error kept
+    back, fails."""
     outcomes = []
     broken = any(result["kind"] == "error" for result in results)
     for condition in conditions:
-        found = [judge(result["document"], [condition])[0] for result in results]
-        known = [outcome for outcome in found if outcome.value is not None]
+        found = [(f"{OWN} on {r['label']}", judge(r["document"], [condition])[0]) for r in results]
+        known = [(of, outcome) for of, outcome in found if outcome.value is not None]
         outcomes += known
         if broken or not known:
-            outcomes.append(Outcome(condition, None))
+            outcomes.append((OWN, Outcome(condition, None)))
     return outcomes
 
 
@@ -114,7 +119,7 @@ def _rows(made: dict[str, Any], files: list[str]) -> dict[str, str]:
 
     rows = {"outcome": headline(made)}
     for entry in made["conditions"]:
-        if entry["of"] != "report":  # its own come last, with those of other commands
+        if not entry["of"].startswith(OWN):  # settle adds those
             name = f"{entry['of']}: fail if {entry['fail_if']}"
             rows[name] = "FAILED" if entry["failed"] else "passed"
     for entry in made["checks"]:

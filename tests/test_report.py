@@ -189,13 +189,21 @@ def test_what_was_not_measured_is_skipped_not_passed(cli: Cli, made: Path, tmp_p
     assert "✅" not in markdown(report)
 
 
-def test_its_own_conditions(cli: Cli, made: Path, tmp_path: Path) -> None:
+def test_its_own_conditions(cli: Cli, tiny: Tiny, made: Path, tmp_path: Path) -> None:
     what = [made / "out", made / "eval.json", made / "dense.json"]
     passing = cli("report", *what, "-o", tmp_path / "a", "--fail-if", "token_ppl > 1e6")
     assert passing.exit_code == 0, passing.stderr
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     # Of both results, for both have a perplexity.
-    assert [c["of"] for c in report["conditions"]] == ["eval out", "eval out", "report", "report"]
+    assert [c["of"] for c in report["conditions"]] == [
+        "eval out", "eval out", "report on eval out", f"report on eval {tiny().name}",
+    ]  # fmt: skip
+    ratios = [c["value"] for c in report["conditions"] if c["fail_if"].startswith("token_ppl >")]
+    between = sorted(ratios, reverse=True)[0] * 0.999  # only the worse of them fails, the first
+    what.sort(key=lambda path: path.name == "dense.json", reverse=ratios[1] > ratios[0])
+    mixed = cli("report", *what, "-o", tmp_path / "c", "--fail-if", f"token_ppl > {between}")
+    assert mixed.exit_code == 1 and mixed.stderr.count("failed:") == 1
+    assert re.search(r"fail if token_ppl > \S+\s*│ FAILED", mixed.stdout)
     failing = cli("report", *what, "-o", tmp_path / "b", "--fail-if", "speedup < 1.3", "--json")
     assert failing.exit_code == 1 and "speedup < 1.3: not in the report" in failing.stderr
     assert json.loads(failing.stdout)["conditions"][-1]["failed"]
