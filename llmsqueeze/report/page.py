@@ -32,6 +32,7 @@ _STYLE = f"""
 --card:#1d2127;--point:#4da8dd;--bad:#f0855a;--good:#46c79a;--bound:#fff}}}}
 @media print{{:root{{color-scheme:light;--paper:#fff;--ink:#000;--soft:#444;--grid:#ccc;--card:#fff;
 --point:#0072b2;--bad:#c3420a;--good:#00704f;--bound:#000}}
+body{{padding:0}}svg{{min-width:0!important}}.scroll{{overflow:visible!important}}
 figure,tr,.cards{{break-inside:avoid}}h2,h3{{break-after:avoid}}
 .cell,.bar,.slower,.tiles,.edge{{print-color-adjust:exact;-webkit-print-color-adjust:exact}}}}
 *{{box-sizing:border-box}}
