@@ -24,6 +24,8 @@ from llmsqueeze.shards import SIDE_NAME, ShardRecord, StoredTensor
 from llmsqueeze.side_files import open_side_file, read_side_file
 
 KINDS = ("input", "output")
+# Gaps between the share of inputs that gates drop and the one they were calibrated for, worth a warning.
+MEAN_DRIFT, SITE_DRIFT = 0.01, 0.03
 
 
 @dataclass(frozen=True)
@@ -160,3 +162,32 @@ def thresholds(threshold: float, scale: Tensor) -> Tensor:
 def to_raw(record: ActivationRecord) -> dict[str, Any]:
     """Plain JSON types."""
     return asdict(record)
+
+
+def drifts(measured: dict[str, Any]) -> list[str]:
+    """What is worth a warning where gates dropped another share of a text than they were calibrated for.
+
+    measured: the section `activation` of what eval reports.
+    """
+    gaps = {
+        name: gate["measured"] - gate["target"]
+        for name, gate in measured["gates"].items()
+        if gate["measured"] is not None
+    }
+    if not gaps:
+        return []
+    mean = sum(gaps.values()) / len(gaps)
+    far = {name: gap for name, gap in gaps.items() if abs(gap) > SITE_DRIFT}
+    messages = []
+    if abs(mean) > MEAN_DRIFT:
+        messages.append(
+            f"on this text the gates drop {mean:+.1%} against their calibration on average; "
+            "calibrate on text like it (sparsify --calib)"
+        )
+    if far:
+        worst = max(far, key=lambda name: abs(far[name]))
+        messages.append(
+            f"{len(far)} of {len(gaps)} gates are off by more than {SITE_DRIFT:.0%}, most "
+            f"{worst}: {far[worst]:+.1%}"
+        )
+    return messages

@@ -349,14 +349,19 @@ def publish_directory(finished: Path, out: Path) -> None:
     shutil.rmtree(aside)
 
 
-def check_output(out: Path, overwrite: bool) -> None:
-    """RecipeError unless `out` is free, or a checkpoint that may be replaced."""
+def check_output(
+    out: Path, overwrite: bool, *, mark: str = "config.json", kind: str = "checkpoint"
+) -> None:
+    """RecipeError unless `out` is free, or a checkpoint that may be replaced.
+
+    mark, kind: the file that every such directory has, and what it is called.
+    """
     if not os.path.lexists(out):
         return
     if not overwrite:
         raise RecipeError(f"{out} exists already; choose another -o, or pass --overwrite")
-    if out.is_symlink() or not out.is_dir() or not (out / "config.json").is_file():
-        raise RecipeError(f"{out} is not a checkpoint directory; --overwrite will not replace it")
+    if out.is_symlink() or not out.is_dir() or not (out / mark).is_file():
+        raise RecipeError(f"{out} is not a {kind} directory; --overwrite will not replace it")
 
 
 def assets(source: Path) -> Iterator[Path]:

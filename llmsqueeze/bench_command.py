@@ -19,6 +19,7 @@ from llmsqueeze.command import (
 )
 from llmsqueeze.conditions import Condition
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.report.schema import BENCH_KERNELS, BENCH_MODEL
 
 if TYPE_CHECKING:
     from llmsqueeze.bench_model import Comparison, Speed
@@ -76,7 +77,10 @@ def kernels(console: Console, shapes: str, tokens: str) -> None:
             f"{row.gigabytes():.0f}", f"{row.bound:.2f}", f"{row.speedup:.2f}",
             f"{row.speedup / row.bound:.0%}",
         )  # fmt: skip
-    document = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": found}
+    document = {
+        "schema": BENCH_KERNELS, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "rows": found,
+    }  # fmt: skip
     console.result(document, table)
 
 
@@ -125,7 +129,8 @@ def model(
         opened, tokens, getattr(torch, dtype), where, compiled=compiled, note=console.note
     )
     document = {
-        "checkpoint": name, "gpu": torch.cuda.get_device_name(where), "torch": torch.__version__,
+        "schema": BENCH_MODEL, "checkpoint": name, "manifest_sha256": opened.manifest_sha256,
+        "gpu": torch.cuda.get_device_name(where), "torch": torch.__version__,
         "dtype": dtype, "prompt": prompt, "compiled": compiled, "formats": found.formats,
         "dense": _speed(found.dense), "compressed": _speed(found.compressed),
         "speedup": found.speedup, "bound": found.bound, "error": found.error,

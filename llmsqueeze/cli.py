@@ -32,6 +32,7 @@ from llmsqueeze.eval_command import evaluate
 from llmsqueeze.plan_command import plan
 from llmsqueeze.prune_command import prune
 from llmsqueeze.quantize_kv_command import quantize_kv
+from llmsqueeze.report_command import report
 from llmsqueeze.run_command import run
 from llmsqueeze.sparsify_command import sparsify
 
@@ -65,8 +66,8 @@ def cli() -> None:
     """Make language models smaller, and measure what it cost.
 
     prune a checkpoint, sparsify its activations, quantize-kv its cache, or compress it by a recipe for all
-    three; eval what it lost, run it, bench how fast it is, inspect what is inside, convert between forms;
-    plan says what fits a GPU, doctor looks at this machine.
+    three; eval what it lost, run it, bench how fast it is, report all that, inspect what is inside, convert
+    between forms; plan says what fits a GPU, doctor looks at this machine.
     """
 
 
@@ -77,6 +78,7 @@ cli.add_command(compress)
 cli.add_command(evaluate)
 cli.add_command(run)
 cli.add_command(bench)
+cli.add_command(report)
 cli.add_command(doctor)
 cli.add_command(plan)
 
@@ -96,6 +98,7 @@ def inspect(
     from llmsqueeze import artifact
     from llmsqueeze.console import facts, size
     from llmsqueeze.errors import CheckpointError
+    from llmsqueeze.report.text import step_line
 
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     manifest = opened.manifest
@@ -127,7 +130,7 @@ def inspect(
         document |= {"sites": site_documents(manifest), "steps": manifest.steps}
         rows["size"] = f"{size(manifest.bytes_before)} → {size(manifest.bytes_after)}"
         for step in manifest.steps:
-            rows[step["command"]] = _step(step)
+            rows[step["command"]] = step_line(step)
         if manifest.activation:
             document["activation"] = activation_document(manifest.activation)
             rows["gates"] = _gates(manifest.activation)
@@ -217,21 +220,6 @@ def convert(
         rows["rounding"] = f"{error:.2%} of a weight matrix on average"
         rows["next"] = f"llmsqueeze eval {out} --against {checkpoint}"
     console.result(document, facts(str(out), rows))
-
-
-def _step(step: dict[str, Any]) -> str:
-    """One line on how a checkpoint was made."""
-    recipe, source = step["recipe"], step["source"]["name"]
-    if step["command"] == "prune":
-        return (
-            f"{recipe['method']} {recipe['target']['pattern']}, {step['sparsity']:.2%} of {source}"
-        )
-    if step["command"] == "quantize-kv":
-        return f"{recipe['method']}, {recipe['bits']} bits, {source}"
-    if step["command"] == "encode":
-        return f"linears to {recipe['to']}, {source}"
-    method = recipe["method"] or "other thresholds,"
-    return f"{method} {recipe['sparsity']:.0%} of the inputs, prompt {recipe['prefill']}, {source}"
 
 
 def _gates(record: ActivationRecord) -> str:

@@ -21,7 +21,7 @@ from llmsqueeze.recipe import DTYPES, config_fields
 if TYPE_CHECKING:
     from llmsqueeze.activation import ActivationRecord
     from llmsqueeze.checkpoint import Checkpoint
-    from llmsqueeze.conditions import Condition
+    from llmsqueeze.conditions import Condition, Outcome
     from llmsqueeze.console import Console
     from llmsqueeze.kv_record import KvRecord
 
@@ -125,13 +125,25 @@ def conclude(
 ) -> None:  # fmt: skip
     """Print the result, judged; exit code 1 if a condition to fail holds."""
     from llmsqueeze.conditions import judge
-    from llmsqueeze.console import facts
 
     outcomes = judge(document, conditions)
     if outcomes:
         document = {**document, "conditions": [outcome.describe() for outcome in outcomes]}
-        for outcome in outcomes:
-            rows[f"fail if {outcome.condition}"] = "FAILED" if outcome.failed else "passed"
+    settle(console, document, title, rows, outcomes)
+
+
+def settle(
+    console: Console, document: dict[str, Any], title: str, rows: dict[str, str],
+    outcomes: Sequence[Outcome],
+) -> None:  # fmt: skip
+    """Print a result that was judged already; exit code 1 if a condition to fail holds."""
+    from llmsqueeze.console import facts
+
+    for outcome in outcomes:
+        # A report judges one condition on several results: it passes if it does on all.
+        name = f"fail if {outcome.condition}"
+        failed = outcome.failed or rows.get(name) == "FAILED"
+        rows[name] = "FAILED" if failed else "passed"
     console.result(document, facts(title, rows))
     for outcome in outcomes:
         if outcome.failed:

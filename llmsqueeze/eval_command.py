@@ -29,6 +29,7 @@ from llmsqueeze.recipe import DTYPES
 from llmsqueeze.recovery import check_requests, compare, gates, parse_gates
 from llmsqueeze.recovery import rows as task_rows
 from llmsqueeze.recovery import warnings as task_warnings
+from llmsqueeze.report.schema import EVAL
 
 if TYPE_CHECKING:
     from llmsqueeze.activation import Policy
@@ -41,8 +42,6 @@ if TYPE_CHECKING:
 
 # That of llmsqueeze.subject, which imports torch.
 DEFAULT_GATE = "after:4"
-# Gaps between the share of inputs that gates drop and the one they were calibrated for, worth a warning.
-MEAN_DRIFT, SITE_DRIFT = 0.01, 0.03
 PASSKEY_PROMPTS = 20
 
 
@@ -178,7 +177,7 @@ def evaluate(
 
     import torch
 
-    from llmsqueeze.activation import Policy
+    from llmsqueeze.activation import Policy, drifts
     from llmsqueeze.data import (
         BUNDLED_EVALUATION,
         Windows,
@@ -318,7 +317,9 @@ def evaluate(
     measured = measure(opened, "eval", packed=bool(kv_format or stored))
     mine = measured.perplexity
     document: dict[str, Any] = {
+        "schema": EVAL,
         "checkpoint": name,
+        "manifest_sha256": opened.manifest_sha256,
         "token_ppl": mine.token_ppl,
         "seqlen": mine.seqlen,
         "windows": mine.windows,
@@ -340,8 +341,13 @@ def evaluate(
         dense = reference.perplexity.token_ppl
         answers = reference.retrieval.describe() if reference.retrieval else None
         earlier = {
-            "checkpoint": other[1], "token_ppl": dense, "passkey": answers, "tasks": reference.tasks,
-        }  # fmt: skip
+            "checkpoint": other[1],
+            "token_ppl": dense,
+            "size_bytes": other[0].file_bytes,
+            "bytes_per_token": bytes_per_token(other[0]),
+            "passkey": answers,
+            "tasks": reference.tasks,
+        }
     if earlier:
         dense = earlier["token_ppl"]
         ratio = mine.token_ppl / dense
@@ -349,6 +355,8 @@ def evaluate(
             "against": earlier["checkpoint"],
             "dense_token_ppl": dense,
             "token_ppl_ratio": ratio,
+            "dense_size_bytes": earlier.get("size_bytes"),
+            "dense_bytes_per_token": earlier.get("bytes_per_token"),
         }
         rows |= {"dense": f"{dense:.3f}", "ratio": f"{ratio:.3f}"}
         if measured.retrieval and earlier.get("passkey"):
@@ -374,7 +382,7 @@ def evaluate(
         document["activation"] = gated = _activation(opened, measured.dropped, policy)
         rows |= _activation_rows(gated)
         for message in drifts(gated):
-            console.note(message)
+            console.note(f"warning: {message}")
     if suites:
         document["tasks"] = scores = measured.tasks
         compare(scores, (earlier or {}).get("tasks") or {})
@@ -441,29 +449,3 @@ def _activation_rows(measured: dict[str, Any]) -> dict[str, str]:
         rows["inputs dropped"] = f"{measured['sparsity']:.1%} on average"
         rows["read per token"] = size(measured["bytes_per_token"])
     return rows
-
-
-def drifts(measured: dict[str, Any]) -> list[str]:
-    """Warnings where gates drop another share of this text than they were calibrated for."""
-    gaps = {
-        name: gate["measured"] - gate["target"]
-        for name, gate in measured["gates"].items()
-        if gate["measured"] is not None
-    }
-    if not gaps:
-        return []
-    mean = sum(gaps.values()) / len(gaps)
-    far = {name: gap for name, gap in gaps.items() if abs(gap) > SITE_DRIFT}
-    messages = []
-    if abs(mean) > MEAN_DRIFT:
-        messages.append(
-            f"warning: on this text the gates drop {mean:+.1%} against their calibration on average; "
-            "calibrate on text like it (sparsify --calib)"
-        )
-    if far:
-        worst = max(far, key=lambda name: abs(far[name]))
-        messages.append(
-            f"warning: {len(far)} of {len(gaps)} gates are off by more than {SITE_DRIFT:.0%}, most "
-            f"{worst}: {far[worst]:+.1%}"
-        )
-    return messages

@@ -99,6 +99,18 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "card": ("activation", "checkpoint", "kv_record", "recipe"),
     "kv_calibration": ("blocks", "numerics", "observe", "runtime.positions", "errors"),
     "kv_recipe": ("methods", "recipe", "errors"),
+    "units": (),
+    "report": (
+        "report",
+        "activation",
+        "artifact",
+        "checkpoint",
+        "numerics",
+        "traffic",
+        "units",
+        "errors",
+        "__version__",
+    ),
     "plan": ("blocks", "calibrate", "checkpoint", "data", "methods", "recipe", "errors"),
 }
 
@@ -111,6 +123,7 @@ COMMANDS = (
     "plan_command",
     "prune_command",
     "quantize_kv_command",
+    "report_command",
     "run_command",
     "sparsify_command",
 )
