@@ -6,12 +6,12 @@ else keeps a CPU from doing other work meanwhile.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class _Facts:
     """What a process says of its model once it is loaded. logits: of the prompt's last tokens."""
 
     load_seconds: float
-    logits: Tensor | None
+    logits: Tensor
     error: float
     operator: str
     formats: dict[str, int]
@@ -82,21 +82,22 @@ def compare(
         raise EnvironmentFault(
             "on a CPU bench model measures no quantised KV cache; take the checkpoint before quantize-kv"
         )
-    wanted = [(each, False) for each in DENSE] + [(dtype, True)]
-    # The exact logits are those of fp32, or of the compressed model's own dtype.
-    names = [
-        f"{'compressed' if k else 'dense'} in {str(d).removeprefix('torch.')}" for d, k in wanted
-    ]
-    with _processes(checkpoint.path, prompt, wanted) as workers:
+    # The compressed one first: if it is wrong, nothing else needs to be loaded.
+    wanted = [(dtype, True), *((each, False) for each in DENSE)]
+    with contextlib.ExitStack() as stack:
+        workers: list[_Worker] = []
         facts: list[_Facts] = []
-        for name, worker in zip(names, workers, strict=True):
-            note(name)
+        for each, kernels in wanted:
+            name = str(each).removeprefix("torch.")
+            note(f"compressed, computed in {name}" if kernels else f"dense in {name}")
+            worker = _Worker(checkpoint.path, prompt, each, kernels)
+            stack.callback(worker.close)
+            workers.append(worker)
             facts.append(worker.ask("load"))
-        mine = facts[-1]
-        if not mine.error <= TOLERANCE:
-            raise EnvironmentFault(
-                f"{mine.operator}: wrong result on this CPU (relative error {mine.error:.2g})"
-            )
+            if not facts[0].error <= TOLERANCE:
+                raise EnvironmentFault(
+                    f"{facts[0].operator}: wrong result on this CPU (relative error {facts[0].error:.2g})"
+                )
         steps: list[list[float]] = [[] for _ in wanted]
         prompts: list[list[float]] = [[] for _ in wanted]
         for turn in range(REPEATS):
@@ -113,19 +114,20 @@ def compare(
             )
             for worker, step, whole, fact in zip(workers, steps, prompts, facts, strict=True)
         ]  # fmt: skip
-    best = min(range(len(DENSE)), key=lambda index: speeds[index].step.median)
-    exact = facts[DENSE.index(dtype)] if dtype in DENSE else facts[DENSE.index(torch.float32)]
-    assert mine.logits is not None and exact.logits is not None
+    (mine, *others), (compressed, *dense) = facts, speeds
+    best = min(range(len(DENSE)), key=lambda index: dense[index].step.median)
+    # In a dtype that dense is not tried in, fp32 says what is right.
+    exact = others[DENSE.index(dtype if dtype in DENSE else torch.float32)]
     return Comparison(
-        dense=speeds[best],
-        compressed=speeds[-1],
+        dense=dense[best],
+        compressed=compressed,
         error=mine.error,
         logit_error=relative_error(mine.logits, exact.logits),
         same_tokens=agreement(exact.tokens, mine.tokens),
         tokens=len(mine.tokens),
         formats=mine.formats,
         dense_dtype=DENSE[best],
-        slower_dense=speeds[1 - best],
+        slower_dense=dense[1 - best],
     )
 
 
@@ -162,20 +164,6 @@ class _Worker:
         self._process.join(10)
         if self._process.is_alive():
             self._process.terminate()
-
-
-@contextmanager
-def _processes(
-    path: Path, prompt: Tensor, wanted: list[tuple[torch.dtype, bool]]
-) -> Iterator[list[_Worker]]:
-    workers: list[_Worker] = []
-    try:
-        for dtype, kernels in wanted:
-            workers.append(_Worker(path, prompt, dtype, kernels))
-        yield workers
-    finally:
-        for worker in workers:
-            worker.close()
 
 
 def _serve(
