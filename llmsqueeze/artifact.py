@@ -29,7 +29,7 @@ from llmsqueeze.activation import ActivationRecord, GateRecord, side_tensors
 from llmsqueeze.encodings import ENCODINGS, smallest
 from llmsqueeze.errors import CheckpointError, RecipeError, ResourceError
 from llmsqueeze.kv_record import KvRecord, kv_tensors
-from llmsqueeze.numerics.packing import INT_OF_SIZE, check_bitmask
+from llmsqueeze.numerics.packing import INT_OF_SIZE
 from llmsqueeze.shards import (
     KV_NAME,
     SIDE_NAME,
@@ -205,13 +205,14 @@ def decode(site: str, record: SiteRecord, parts: dict[str, Tensor]) -> Tensor:
 
 
 def check_parts(site: str, record: SiteRecord, parts: dict[str, Tensor]) -> None:
-    """CheckpointError if the parts of a bitmask do not belong together, or to such a weight."""
+    """CheckpointError if the parts of an encoding do not belong together, or to such a weight."""
+    encoding = ENCODINGS[record.encoding]
     try:
-        check_bitmask(**parts, columns=record.shape[1])
+        encoding.check(parts, record.shape[1])
     except ValueError as error:
         raise CheckpointError(f"{site}: damaged {record.encoding} encoding ({error})") from error
-    if len(parts["mask"]) != record.shape[0]:
-        raise CheckpointError(f"{site}: has {len(parts['mask'])} rows, not {record.shape[0]}")
+    if (rows := len(parts[encoding.long])) != record.shape[0]:
+        raise CheckpointError(f"{site}: has {rows} rows, not {record.shape[0]}")
 
 
 class ArtifactWriter:

@@ -94,6 +94,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "doctor": ("numerics", "ops", "errors"),
     "bench": ("dense_gemv", "numerics", "ops", "errors"),
     "bench_model": ("bench", "checkpoint", "evaluate", "ops", "runtime", "errors"),
+    "bench_cpu": ("bench", "bench_model", "checkpoint", "ops", "runtime", "errors"),
     "capacity": ("checkpoint", "numerics", "runtime", "traffic"),
     "passkey": ("device", "evaluate", "errors"),
     "card": ("activation", "checkpoint", "kv_record", "recipe"),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, panels, sparse24
 from llmsqueeze.numerics.packing import unpack_bitmask
-from llmsqueeze.ops import packed_append, packed_attention
+from llmsqueeze.ops import layer, packed_append, packed_attention
+from llmsqueeze.ops.layer import linears, linears_shape, rotate, rotate_shape
 from llmsqueeze.ops.packed_append import kv_append, kv_append_shape
 from llmsqueeze.ops.packed_attention import kv_attend, kv_attend_shape
 
@@ -67,6 +68,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(packed_attention.SCHEMA)
 _LIBRARY.define(packed_append.SCHEMA)
+_LIBRARY.define(layer.LINEARS)
+_LIBRARY.define(layer.ROTATE)
 
 
 def gate(x: Tensor, threshold: Tensor) -> Tensor:
@@ -457,11 +460,13 @@ for _function, _shape, *_kernels in (
     (sparse24_linear, _sparse24_shape, _CUDA),
     (mixed24_linear, _mixed24_shape, _CUDA),
     (gap_linear, _gap_shape, _CUDA),
-    (attend, _attend_shape, _CUDA),
+    (attend, _attend_shape, _CUDA, _CPU),
     (kv_attend, kv_attend_shape, _CUDA),
     (kv_append, kv_append_shape, _CUDA),
     (bitmask_linear, _bitmask_shape, _CPU),
     (dense_linear, _dense_shape, _CPU),
+    (linears, linears_shape, _CPU),
+    (rotate, rotate_shape, _CPU),
     (gated_bitmask_linear, _gated_bitmask_shape, _CPU),
     (panels_linear, _panels_shape, _CPU),
 ):

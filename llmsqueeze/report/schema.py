@@ -73,11 +73,12 @@ _SPEED = _object({"ms_per_token": _NUMBER, "range": _list(_NUMBER), "bytes_per_t
 _BENCH_MODEL = _object(
     {
         "schema": {"const": BENCH_MODEL}, "checkpoint": _TEXT, "manifest_sha256": _MAYBE_TEXT,
-        "gpu": _TEXT, "dtype": _TEXT, "prompt": _COUNT, "compiled": _FLAG, "dense": _SPEED,
+        "dtype": _TEXT, "prompt": _COUNT, "compiled": _FLAG, "dense": _SPEED,
         "compressed": _SPEED, "speedup": _NUMBER, "bound": _NUMBER, "error": _NUMBER,
         "same_tokens": _COUNT, "tokens": _COUNT,
     },
-    optional=_CONDITIONS,
+    # One of both.
+    optional={"gpu": _TEXT, "cpu": _TEXT, "threads": _COUNT, **_CONDITIONS},
 )  # fmt: skip
 _BENCH_KERNELS = _object(
     {

@@ -167,6 +167,27 @@ class DenseLinear(PackedLinear):
         return y if residual is None else y + residual
 
 
+class StoredInt8Linear(PackedLinear):
+    """Eight bits a weight, for a CPU: as on disk. codes: [out, in]; scale: see numerics.int8."""
+
+    format = "int8"
+    pairs = False
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, bias: Tensor | None, codes: Tensor, largest: Tensor) -> None:
+        super().__init__(codes, bias)
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scale", int8.scales(largest), persistent=False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        none = self.scale[:0]
+        y: Tensor = torch.ops.llmsqueeze.linears(
+            x, None, 0.0, [self.codes], [none], [none], [self.scale], self.bias, residual
+        )
+        return y
+
+
 class StoredEmbedding(nn.Module):  # type: ignore[misc]
     """An embedding as on disk, whose rows come out in dtype."""
 
