@@ -158,7 +158,7 @@ gaps(const uint4* __restrict__ stream, const u16* __restrict__ starts, const int
             const int row = order ? order[place] : place;
             auto all = [&](int further) {
                 float sum = bias ? widen(bias[(size_t)t * bias_step + row + further]) : 0;
-#pragma unroll
+#pragma unroll (TOKENS == 1 ? WARPS : 8)
                 for (int w = 0; w < WARPS; w++)
                     if (w < warps) sum += parts[w][threadIdx.x + further];
                 return sum;
