@@ -182,9 +182,8 @@ def _swiglu(y: torch.Tensor) -> torch.Tensor:
     return (gate_ / (1 + (-gate_).exp()) * up).flatten(-2)
 
 
-# As much as rounding the result alone costs: bf16 2^-9 / sqrt(3), fp16 an eighth of that.
-# One rounding is off by half a unit in the last place at most, and so is the norm of any number of them.
-ROUNDING = {dtype: 0.51 * torch.finfo(dtype).eps for dtype in (torch.bfloat16, torch.float16)}
+# What one rounding changes a value by at most; sixteen values may all be among the worst.
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
@@ -209,7 +208,9 @@ def test_kernels_find_the_product(
             assert _off(y, expected) < ROUNDING[dtype], tokens
             assert torch.equal(y, linear(x))
             residual = torch.randn(tokens, rows, device="cuda").to(dtype)
-            assert _off(linear(x, residual), expected + residual.double()) < ROUNDING[dtype], tokens
+            # Bias and residual are rounded to one addend first.
+            limit = ROUNDING[dtype] * (1 if bias is None else 1.25)
+            assert _off(linear(x, residual), expected + residual.double()) < limit, tokens
     if rows % 16 == 0:
         paired = (Sparse24Linear if pattern == "2:4" else GapLinear)(weight, bias, glu=True)
         for tokens in (1, 2, 3, 4, 5, 8, 9, 16, 31, 64, 65):

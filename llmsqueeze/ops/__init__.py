@@ -48,7 +48,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "gap_linear(Tensor x, Tensor stream, Tensor starts, Tensor first, Tensor? order, Tensor? bias,"
-    " int rows, int bits, int parts, int warps, int blocks, int reach, int[] spans,"
+    " int rows, int bits, int parts, int warps, int turns, int reach, int[] spans,"
     " bool glu=False) -> Tensor"
 )
 _LIBRARY.define(
@@ -245,7 +245,7 @@ def mixed24_linear(
 
 def gap_linear(
     x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
-    rows: int, bits: int, parts: int, warps: int, blocks: int, reach: int, spans: list[int],
+    rows: int, bits: int, parts: int, warps: int, turns: int, reach: int, spans: list[int],
     glu: bool = False,
 ) -> Tensor:  # fmt: skip
     """W x + b for W as numerics.gaps.pack lays it out. x: [..., columns]; returns [..., rows].
@@ -256,7 +256,7 @@ def gap_linear(
         order = torch.arange((len(first) - 1) * (gaps.LANES // parts), device=x.device)
         order[rows:] = -1
     shape = gaps.Shape(bits, parts, warps)
-    packed = gaps.Gaps(shape, stream, starts, first, order, blocks, reach, tuple(spans))
+    packed = gaps.Gaps(shape, stream, starts, first, order, turns, reach, tuple(spans))
     y = linear(x, gaps.unpack(packed, rows, x.shape[-1], x.dtype), bias)
     return swiglu(y) if glu else y
 
@@ -395,7 +395,7 @@ def _mixed24_shape(
 
 def _gap_shape(
     x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
-    rows: int, bits: int, parts: int, warps: int, blocks: int, reach: int, spans: list[int],
+    rows: int, bits: int, parts: int, warps: int, turns: int, reach: int, spans: list[int],
     glu: bool = False,
 ) -> Tensor:  # fmt: skip
     return _like(x, rows, glu)

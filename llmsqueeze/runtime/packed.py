@@ -91,9 +91,7 @@ class GapLinear(PackedLinear):
         self.register_buffer("stream", packed.stream, persistent=False)
         self.register_buffer("starts", packed.starts, persistent=False)
         self.register_buffer("first", packed.first, persistent=False)
-        rows = torch.arange(len(weight), dtype=torch.int32, device=weight.device)
-        own = torch.equal(packed.order[: len(weight)], rows)
-        self.register_buffer("order", None if own else packed.order, persistent=False)
+        self.register_buffer("order", packed.moved(), persistent=False)
         self.shape = packed.arguments()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
