@@ -23,17 +23,16 @@ from llmsqueeze.command import (
 )
 from llmsqueeze.conditions import Condition, parse_size
 from llmsqueeze.errors import DataError, RecipeError
+from llmsqueeze.policy import DEFAULT_GATE
 from llmsqueeze.recipe import DTYPES
 
 if TYPE_CHECKING:
-    from llmsqueeze.activation import Policy
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import Console
     from llmsqueeze.evaluate import Perplexity
     from llmsqueeze.passkey import Retrieval
+    from llmsqueeze.policy import Policy
 
-# As text is decoded: every token but the first few, which in many models all others lean on.
-DEFAULT_GATE = "after:4"
 # Gaps between the share of inputs that gates drop and the one they were calibrated for, worth a warning.
 MEAN_DRIFT, SITE_DRIFT = 0.01, 0.03
 PASSKEY_PROMPTS = 20
@@ -139,7 +138,6 @@ def evaluate(
 
     import torch
 
-    from llmsqueeze.activation import Policy
     from llmsqueeze.data import (
         BUNDLED_EVALUATION,
         Windows,
@@ -152,6 +150,7 @@ def evaluate(
     from llmsqueeze.ops import cpu
     from llmsqueeze.passkey import make_prompts, retrieve
     from llmsqueeze.plan import check_vocabulary, window_length
+    from llmsqueeze.policy import Policy
     from llmsqueeze.runtime import load
     from llmsqueeze.runtime.gates import gating_of
     from llmsqueeze.runtime.kv_cache import (
