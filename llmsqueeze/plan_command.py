@@ -100,7 +100,7 @@ def _dry_run(
     from llmsqueeze.compress import rss_bytes
     from llmsqueeze.console import facts, size
     from llmsqueeze.device import choose_device
-    from llmsqueeze.forecast import efforts, outcome
+    from llmsqueeze.forecast import efforts, host_bytes, outcome
 
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
@@ -110,7 +110,7 @@ def _dry_run(
     seconds = [effort.seconds for effort in took]
     total = None if None in seconds else sum(s for s in seconds if s)
     on_gpu = where.type == "cuda"
-    host = rss_bytes() + (0 if on_gpu else most)
+    host = host_bytes(opened, made, took, where, rss_bytes())
     document = {
         "checkpoint": name, "device": str(where), "blocks": made.blocks, "linears": made.linears,
         "sites": made.sites,

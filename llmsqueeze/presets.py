@@ -1,4 +1,5 @@
-"""Recipes by goal. What each costs and saves was measured: the table is in README."""
+"""Recipes by goal, of parts whose costs were measured: README. tests/benchmarks/preset_table.py measures them
+whole."""
 
 from __future__ import annotations
 
