@@ -314,18 +314,28 @@ class ArtifactWriter:
             config["quantization_config"] = {
                 "quant_method": "llmsqueeze",
                 "format_version": FORMAT_VERSION,
-                "manifest_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
+                "manifest_sha256": _sha256(text),
             }
         # config.json last: without it a directory is not a checkpoint to anyone.
-        (self.directory / "config.json").write_text(
-            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        (self.directory / "config.json").write_text(_config_text(config), encoding="utf-8")
         publish_directory(self.directory, self._out)
         return manifest
 
     def _side_bytes(self) -> int:
         records = [r.file for r in (self._activation, self._kv_cache) if r]
         return sum(file.bytes for file in records if file)
+
+
+def add_to_last_step(directory: Path, key: str, value: Any) -> None:
+    """Record something more of how a finished checkpoint was made."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(directory, config)
+    assert manifest is not None
+    *before, last = manifest.steps
+    text = replace(manifest, steps=[*before, {**last, key: value}]).to_json()
+    config["quantization_config"]["manifest_sha256"] = _sha256(text)
+    (directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    (directory / "config.json").write_text(_config_text(config), encoding="utf-8")
 
 
 def publish_directory(finished: Path, out: Path) -> None:
@@ -363,6 +373,14 @@ def check_output(
         raise RecipeError(f"{out} exists already; choose another -o, or pass --overwrite")
     if out.is_symlink() or not out.is_dir() or not (out / mark).is_file():
         raise RecipeError(f"{out} is not a {kind} directory; --overwrite will not replace it")
+
+
+def _config_text(config: dict[str, Any]) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def assets(source: Path) -> Iterator[Path]:

@@ -43,6 +43,15 @@ def make_console(
 
 def common(body: Callable[..., None]) -> Callable[..., None]:
     """Options that every command takes, and the one place where failures become exit codes."""
+    return _command(body, _libraries)
+
+
+def light(body: Callable[..., None]) -> Callable[..., None]:
+    """The same for commands that load no model, nor the libraries for it."""
+    return _command(body, lambda verbose: None)
+
+
+def _command(body: Callable[..., None], prepare: Callable[[bool], None]) -> Callable[..., None]:
 
     @click.option("--json", "as_json", is_flag=True, envvar="LLMSQUEEZE_JSON",
                   help="One JSON document on stdout, nothing else there.")  # fmt: skip
@@ -58,7 +67,7 @@ def common(body: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         console = make_console(json=as_json, quiet=quiet, verbose=verbose, progress=not no_progress)
         try:
-            _libraries(verbose)
+            prepare(verbose)
             body(console=console, **options)
         except LlmsqueezeError as error:
             _fail(console, str(error), error.exit_code)
@@ -170,13 +179,18 @@ def config_options(
             switch = isinstance(field.default, bool)
             body = click.option(
                 f"{flag}/--no-{flag[2:]}" if switch else flag,
-                type=None if switch else type(field.default),
+                type=None if switch else _kind(field),
                 default=None,
                 help=f"[{choice}] {field.metadata['help']}  [default: {field.default}]",
             )(body)
         return body
 
     return add
+
+
+def _kind(field: Any) -> Any:
+    choices = field.metadata.get("choices")
+    return click.Choice(choices) if choices else type(field.default)
 
 
 def calibration_options(

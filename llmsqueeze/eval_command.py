@@ -25,6 +25,7 @@ from llmsqueeze.command import (
 )
 from llmsqueeze.conditions import Condition, parse_size
 from llmsqueeze.errors import DataError, EnvironmentFault, RecipeError
+from llmsqueeze.policy import DEFAULT_GATE
 from llmsqueeze.recipe import DTYPES
 from llmsqueeze.recovery import check_requests, compare, gates, parse_gates
 from llmsqueeze.recovery import rows as task_rows
@@ -32,16 +33,14 @@ from llmsqueeze.recovery import warnings as task_warnings
 from llmsqueeze.report.schema import EVAL
 
 if TYPE_CHECKING:
-    from llmsqueeze.activation import Policy
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import Console
     from llmsqueeze.evaluate import Perplexity
     from llmsqueeze.passkey import Retrieval
+    from llmsqueeze.policy import Policy
     from llmsqueeze.subject import Subject
     from llmsqueeze.tasks import Suite
 
-# That of llmsqueeze.subject, which imports torch.
-DEFAULT_GATE = "after:4"
 PASSKEY_PROMPTS = 20
 
 
@@ -177,7 +176,7 @@ def evaluate(
 
     import torch
 
-    from llmsqueeze.activation import Policy, drifts
+    from llmsqueeze.activation import drifts
     from llmsqueeze.data import (
         BUNDLED_EVALUATION,
         Windows,
@@ -190,6 +189,7 @@ def evaluate(
     from llmsqueeze.ops import cpu
     from llmsqueeze.passkey import make_prompts, retrieve
     from llmsqueeze.plan import check_vocabulary, window_length
+    from llmsqueeze.policy import Policy
     from llmsqueeze.runtime.kv_cache import bits_per_element, parse_format
     from llmsqueeze.subject import prepare
     from llmsqueeze.traffic import bytes_per_token

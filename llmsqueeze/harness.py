@@ -17,15 +17,15 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from llmsqueeze.activation import Policy
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.data import load_tokenizer
 from llmsqueeze.device import choose_backend, choose_device, evaluation_dtype, exact_matmul
 from llmsqueeze.errors import CalibrationError, DataError, RecipeError
 from llmsqueeze.evaluate import cache_options
 from llmsqueeze.ops import cpu
+from llmsqueeze.policy import DEFAULT_GATE, Policy
 from llmsqueeze.runtime.kv_cache import parse_format
-from llmsqueeze.subject import DEFAULT_GATE, Subject, prepare
+from llmsqueeze.subject import Subject, prepare
 
 # Requests of one length are batched up to this many tokens. On a CPU that only saves reading the weights.
 GPU_BATCH_TOKENS, CPU_BATCH_TOKENS = 4096, 256

@@ -66,6 +66,7 @@ def quantize_kv(
     check_output(out, overwrite)
     check_not_inside(out, checkpoint.path)
     record = _record(checkpoint, recipe)
+    dtype = calibration_dtype(recipe.dtype, checkpoint.dtype, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     tensors: dict[str, Tensor] = {}
@@ -76,7 +77,7 @@ def quantize_kv(
             recipe = dataclasses.replace(recipe, calibration=calibration)
             described = windows.describe()
             tensors = _calibrate(
-                checkpoint, windows.tokens, recipe, record, device, on_block, on_gradient
+                checkpoint, windows.tokens, recipe, record, dtype, device, on_block, on_gradient
             )
         copy_weights(writer, checkpoint)
         copy_sides(writer, checkpoint, kv_cache=False)
@@ -89,6 +90,7 @@ def quantize_kv(
                 "sha256": {file.name: hash_file(file) for file in checkpoint.identity},
             },
             "calibration": described,
+            "compute_dtype": str(dtype).removeprefix("torch."),
             "versions": versions(),
             "peak_rss_bytes": peak_rss_bytes(),
             "peak_device_bytes": peak_device_bytes(device),
@@ -146,12 +148,12 @@ def _calibrate(
     tokens: Tensor,
     recipe: KvRecipe,
     record: KvRecord,
+    dtype: torch.dtype,
     device: torch.device,
     on_block: Callable[[BlockDone], None],
     on_gradient: Callable[[int, int], None],
 ) -> dict[str, Tensor]:
     """The tensors of all packed layers by full name."""
-    dtype = calibration_dtype(recipe.dtype, checkpoint.dtype, device)
     samples, length = tokens.shape
     batches = cut_batches(tokens, recipe.batch or batch_samples(length, device), 0)
     found: dict[int, Tensor] = {}

@@ -8,14 +8,11 @@ from typing import Any
 
 import torch
 
-from llmsqueeze.activation import Policy
 from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.policy import Policy
 from llmsqueeze.runtime import load
 from llmsqueeze.runtime.gates import Gating, gating_of
 from llmsqueeze.runtime.kv_cache import LayerFormat, attached_cache, packed_cache
-
-# As text is decoded: every token but the first few, which in many models all others lean on.
-DEFAULT_GATE = "after:4"
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,8 @@ def loaded(code: str) -> str:
         "import llmsqueeze.cli as c; c.cli.main(['--help'], standalone_mode=False)",
         "import llmsqueeze.cli as c; c.cli.main(['prune', '--help'], standalone_mode=False)",
         "import llmsqueeze.cli as c; c.cli.main(['eval', '--help'], standalone_mode=False)",
+        "import llmsqueeze.cli as c; c.cli.main(['recipe', 'schema'], standalone_mode=False)",
+        "import llmsqueeze.cli as c; c.recipe.main(['show', '--preset=fastest'], standalone_mode=False)",
         "from llmsqueeze.methods import *; [weight_method(m) for m in WEIGHT_METHODS]",
     ],
 )

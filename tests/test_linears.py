@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from llmsqueeze import ops
-from llmsqueeze.activation import Policy
 from llmsqueeze.bench_model import operator_error
 from llmsqueeze.errors import EnvironmentFault, RecipeError
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
 from llmsqueeze.numerics.masks import keep_nm_out, keep_tiles
 from llmsqueeze.ops import cpu, gated_linear, input_major, is_input_major
+from llmsqueeze.policy import Policy
 from llmsqueeze.runtime.gates import GateParts, gating_of, install, remove
 from llmsqueeze.runtime.generate import Decoder
 from llmsqueeze.runtime.linears import (

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from llmsqueeze.activation import Policy
 from llmsqueeze.checkpoint import Checkpoint, PackedSource, place
 from llmsqueeze.ops import cpu
+from llmsqueeze.policy import Policy
 from llmsqueeze.runtime import gates, kv_cache, layers, linears
 from llmsqueeze.runtime.gates import GatedLinear
 from llmsqueeze.runtime.packed import (
