@@ -14,7 +14,19 @@ from torch import Tensor
 
 from llmsqueeze import ops
 from llmsqueeze.errors import EnvironmentFault
-from llmsqueeze.numerics import gaps, int8, masks, mixed24, outputs24, panels, sparse24
+from llmsqueeze.numerics import (
+    gaps,
+    int8,
+    kv_constants,
+    kv_tiles,
+    masks,
+    mixed24,
+    outputs24,
+    panels,
+    sparse24,
+)
+from llmsqueeze.numerics.kv_codecs import Rotated
+from llmsqueeze.numerics.kv_tiles import TileFormat
 from llmsqueeze.numerics.packing import pack_bitmask
 from llmsqueeze.ops import cpu, cuda
 
@@ -103,7 +115,8 @@ def self_test(device: torch.device) -> list[Check]:
     """Every operator on small random weights, against fp64."""
     generator = torch.Generator().manual_seed(0)
     checks = []
-    for name, call, expect, counts in (*_linears(device, generator), _attention(device, generator)):
+    attention = _attention(device, generator), _coded_attention(device, generator)
+    for name, call, expect, counts in (*_linears(device, generator), *attention):
         began = time.perf_counter()
         worst = 0.0
         for tokens in counts:
@@ -182,3 +195,33 @@ def _attention(device: torch.device, generator: torch.Generator) -> Case:
         return (weights @ v.double()).reshape(len(x), 1, 8, 128)
 
     return "attend", call, expect, (1, 3)
+
+
+def _coded_attention(device: torch.device, generator: torch.Generator) -> Case:
+    """The same over tiles, of turned vectors in 4 bits."""
+    codec = Rotated(4)
+    form = TileFormat.of(codec, codec, 128)
+    assert form is not None
+    parts = [
+        codec.encode(torch.randn(1, 2, 300, 128, generator=generator).to(device)) for _ in range(2)
+    ]
+    tiles = form.empty(1, 2, 300, device)
+    kv_tiles.write(tiles, form, 0, *parts)
+    book = kv_constants.books(codec, codec, form).to(device)  # type: ignore[union-attr]
+    length = torch.tensor([300], dtype=torch.int32, device=device)
+    counters = torch.zeros(64, dtype=torch.int32, device=device)
+
+    def call(x: Tensor) -> Tensor:
+        held = tiles.expand(len(x), -1, -1, -1).contiguous()
+        q = x.view(len(x), 8, 1, 128)
+        y: Tensor = torch.ops.llmsqueeze.kv_attend(
+            q, held, length, None, book, *(None,) * 6, counters, form.arguments(), 0, 0.1
+        )  # fmt: skip
+        return y
+
+    def expect(x: Tensor) -> Tensor:
+        k, v = (codec.decode(part, 128, torch.float32).double() for part in parts)
+        q = x.double().view(len(x), 2, 4, 128)
+        return ((0.1 * q @ k.mT).softmax(-1) @ v).reshape(len(x), 1, 8, 128)
+
+    return "kv_attend", call, expect, (1, 3)

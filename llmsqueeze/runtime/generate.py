@@ -1,4 +1,4 @@
-"""Greedy decoding with a cache of fixed size, every step of it one CUDA graph."""
+"""Greedy decoding with a cache of fixed size, on a GPU every step of it one CUDA graph."""
 
 from __future__ import annotations
 
