@@ -578,6 +578,7 @@ struct Call {
     // its slot less that.
     void prepare(int64_t row) {
         const int64_t half = width() / 2, from = start(row);
+        if (from >= length) return;  // it sees nothing, and its angles may be behind the table
         for (int64_t h = 0; h < group; h++) {
             float own[WIDEST];
             const float* given = q + (row * group + h) * width();

@@ -62,7 +62,7 @@ def test_tokens_see_what_the_packed_cache_gives_back(family: str, name: str, sin
     found = stepwise(model, decoder.cache, PROMPT)
     assert all(isinstance(layer, TiledLayer) for layer in decoder.cache.layers)
     # A number at the border of two codes may be given either, for which 2 and 3 bits are coarse.
-    assert float((found - expected).norm()) < 0.2 * float((expected - exact).norm())
+    assert float((found - expected).norm()) < 0.25 * float((expected - exact).norm())
 
 
 @pytest.mark.parametrize("name", ["rotate:4", "kvquant:3"])
