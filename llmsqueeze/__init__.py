@@ -22,22 +22,25 @@ def kv_cache(model: Any, tokens: int | None = None) -> Any:
     """A new, empty KV cache for a loaded model, quantised as its checkpoint says: for `generate` and calls.
 
     A transformers Cache; what it holds lies packed. tokens: for so many of every sequence, at a fixed place
-    that a kernel reads without unpacking it, on a GPU in 16 bits; prompts then are of one length, come as one
-    piece and attend to their own keys and values as they are. Without: it grows, and is unpacked at every
-    step. RecipeError when the checkpoint has no such format (`llmsqueeze quantize-kv`), EnvironmentFault
-    where no kernel reads it.
+    that a kernel reads without unpacking it, on a CPU or on a GPU in 16 bits; prompts then are of one length,
+    come as one piece and attend to their own keys and values as they are. Without: it grows, and is unpacked
+    at every step. RecipeError when the checkpoint has no such format (`llmsqueeze quantize-kv`),
+    EnvironmentFault where no kernel reads it.
     """
     from llmsqueeze.runtime.kv_cache import attached_cache, attached_formats
 
     if tokens is None:
         return attached_cache(model)
+    from llmsqueeze.ops import cpu
     from llmsqueeze.runtime.generate import fixed_cache
 
     formats = attached_formats(model)
     weight = next(model.parameters())
-    if weight.device.type != "cuda" or weight.element_size() != 2:
+    fits = weight.device.type == "cuda" and weight.element_size() == 2
+    if not fits and not (weight.device.type == "cpu" and cpu.library() is not None):
         raise EnvironmentFault(
-            "a cache of so many tokens is read by a kernel, on CUDA in bfloat16 or float16; leave tokens out"
+            "a cache of so many tokens is read by a kernel: on CUDA in bfloat16 or float16, on a CPU where "
+            "there was a C++ compiler when llmsqueeze was installed; leave tokens out"
         )
     cache = fixed_cache(model, tokens, formats)
     if cache.is_compileable:

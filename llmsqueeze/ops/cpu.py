@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import ops
-from llmsqueeze.numerics import int8
+from llmsqueeze.numerics import int8, kv_tiles
 from llmsqueeze.ops import layer
 
 # Instruction sets of the code in kernels.
@@ -46,6 +46,9 @@ def library() -> ctypes.CDLL | None:
         "gated_linear": [pointer, size, pointer, size] + [pointer] * 4 + [size] * 3 + [number] * 3,
         "gated_bitmask_linear": [pointer] * 3 + [size, pointer, size] + [pointer] * 3
         + [size] * 3 + [number] * 3,
+        "kv_attend": [pointer, pointer, size] + [pointer] * 9 + [size] * 6 + [ctypes.c_float]
+        + [number] * 3,
+        "kv_append": [pointer] * 3 + [size] + [pointer] * 10 + [size] * 5 + [number],
     }.items():  # fmt: skip
         function = getattr(loaded, f"llmsqueeze_{name}")
         function.argtypes, function.restype = arguments, None
@@ -260,6 +263,71 @@ def panels_linear(
         offset = None if bias is None else bias[first - begin : last - begin]
         y[..., first - begin : last - begin] = torch.nn.functional.linear(x, part.t(), offset)
     return y
+
+
+def kv_attend(
+    q: Tensor, tiles: Tensor, length: Tensor, padding: Tensor | None, books: Tensor | None,
+    channels: Tensor | None, inverse: Tensor | None, angles: Tensor | None, steps: Tensor | None,
+    key_sinks: Tensor | None, value_sinks: Tensor | None, counters: Tensor, format: list[int],
+    window: int, scale: float, *, isa: int | None = None,
+) -> Tensor:  # fmt: skip
+    """ValueError where tiles or angles are of fewer tokens than the length."""
+    loaded, tokens = _library(), int(length)
+    batch, heads, _, width = q.shape
+    kv_heads = tiles.shape[1]
+    _check_tiles(tiles, format, tokens, angles)
+    seen, sinks = _seen(q), [None if s is None else _whole(s) for s in (key_sinks, value_sinks)]
+    start = None if padding is None else _whole(padding.int())
+    given = [None if t is None else _whole(t) for t in (books, channels, inverse, angles)]
+    y = torch.empty(batch, 1, heads, width)
+    loaded.llmsqueeze_kv_attend(
+        seen.data_ptr(), _whole(tiles).data_ptr(), tokens, _address(start),
+        *(_address(t) for t in (*given, *sinks)), y.data_ptr(), _fields(format), batch, kv_heads,
+        heads // kv_heads, tiles.shape[2], 0 if key_sinks is None else key_sinks.shape[2], window,
+        scale, 0 if key_sinks is None else _KINDS[key_sinks.dtype], _best(loaded, isa),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y if q.dtype is torch.float32 else y.to(q.dtype)
+
+
+def kv_append(
+    key: Tensor, value: Tensor, tiles: Tensor, length: Tensor, padding: Tensor | None,
+    books: Tensor | None, offset: Tensor | None, scale: Tensor | None, order: Tensor | None,
+    steps: Tensor | None, angles: Tensor | None, key_sinks: Tensor | None, value_sinks: Tensor | None,
+    format: list[int],
+) -> None:  # fmt: skip
+    """ValueError as for kv_attend, and where tiles or sinks could not be written in place."""
+    tokens = int(length)
+    batch, heads, _, _ = key.shape
+    _check_tiles(tiles, format, tokens, angles)
+    written = [t for t in (tiles, key_sinks, value_sinks) if t is not None]
+    if not all(t.is_contiguous() for t in written) or any(
+        s.dtype != key.dtype for s in written[1:]
+    ):
+        raise ValueError("kv_append: tiles and sinks in one piece, sinks of the key's dtype")
+    key, value = _whole(key), _whole(value.to(key.dtype))
+    start = None if padding is None else _whole(padding.int())
+    given = [None if t is None else _whole(t) for t in (books, offset, scale, order, steps, angles)]
+    _library().llmsqueeze_kv_append(
+        key.data_ptr(), value.data_ptr(), tiles.data_ptr(), tokens - 1, _address(start),
+        *(_address(t) for t in (*given, key_sinks, value_sinks)), _fields(format), batch, heads,
+        tiles.shape[2], 0 if key_sinks is None else key_sinks.shape[2],
+        0 if steps is None else steps.shape[1], _KINDS[key.dtype],
+    )  # fmt: skip
+
+
+def _check_tiles(tiles: Tensor, format: list[int], tokens: int, angles: Tensor | None) -> None:
+    form, capacity = kv_tiles.TileFormat.from_arguments(format), tiles.shape[2]
+    fine = form.width in kv_tiles.WIDTHS and tiles.shape[3] == form.record
+    fine &= max(form.key_slots, form.value_slots) <= kv_tiles.MOST_SLOTS
+    if not fine or not 0 < tokens <= kv_tiles.TOKENS * capacity:
+        raise ValueError(f"{tokens} tokens in tiles {tuple(tiles.shape)}: they do not fit {form}")
+    if angles is not None and len(angles) < kv_tiles.TOKENS + capacity:
+        raise ValueError(f"angles of {len(angles)} rows for {capacity} tiles")
+
+
+def _fields(format: list[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(format))(*format)
 
 
 class _Expander:
