@@ -194,7 +194,8 @@ def test_a_layer_is_four_products(dtype: torch.dtype, monkeypatch: pytest.Monkey
     for ids in (IDS, IDS[:1, :1], IDS[:2, :1]):
         seen.clear()
         assert off(logits(fast, ids), logits(dense, ids).double()) < worst
-        assert len(seen) == 4 * len(fast.model.layers)
+        few = ids.numel() <= cpu.most_tokens(dtype)
+        assert len(seen) == few * 4 * len(fast.model.layers)
     seen.clear()
     assert (
         off(logits(fast, torch.arange(30)[None]), logits(dense, torch.arange(30)[None]).double())
