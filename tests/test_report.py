@@ -21,7 +21,7 @@ import pytest
 import torch
 import yaml
 
-from llmsqueeze import bench, bench_model
+from llmsqueeze import bench, bench_cpu, bench_model
 from llmsqueeze.bench import Timing
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.report import pictures, svg, tiles
@@ -325,16 +325,18 @@ def test_documents_are_checked_as_json_schema_says(made: Path) -> None:
 def test_bench_prints_what_report_reads(
     cli: Cli, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The documents of bench, without a GPU: what measures is replaced, what prints is not."""
+    """The documents of bench: what measures is replaced, what prints is not."""
     times = Timing(2.0, 1.9, 2.1)
     dense = bench_model.Speed(times, times, 300, 310, 10, 1.0)
     mine = bench_model.Speed(Timing(1.0, 0.9, 1.1), times, 200, 205, 5, 1.0)
-    found = bench_model.Comparison(dense, mine, 1e-3, 0.01, 30, 32, {"2:4": 21})
+    found = bench_model.Comparison(
+        dense, mine, 1e-3, 0.01, 30, 32, {"2:4": 21}, torch.bfloat16, dense
+    )
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "invented")
-    monkeypatch.setattr(bench_model, "compare", lambda *args, **options: found)
+    monkeypatch.setattr(bench_cpu, "compare", lambda *args, **options: found)
     rows = [bench.Row(16, 32, 1, "2:4", times, 9, 16 / 9, 1.5, 1e-3)]
     monkeypatch.setattr(bench, "table", lambda *args: iter(rows))
-    options = ["--prompt", 16, "--no-compile", "--json", "-q", "--device", "cpu"]
+    options = ["--prompt", 16, "--json", "-q", "--device", "cpu"]
     result = cli("bench", "model", made / "out", *options, "--min-speedup", 2.5)
     assert result.exit_code == 1, result.stderr
     (tmp_path / "model.json").write_text(result.stdout)

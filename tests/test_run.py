@@ -168,7 +168,7 @@ def test_doctor_says_what_is_there(
     on_cpu = [check for check in document["checks"] if check["device"] == "cpu"]
     launched = {name for name, f in vars(kernels).items() if inspect.isfunction(f)}
     operators = {n for n in launched & vars(ops).keys() if n.endswith("_linear")}
-    operators |= {"attend", "kv_attend"}
+    operators |= {"attend", "kv_append, kv_attend"}
     assert len(operators) == 10
     # Of the CPU alone.
     operators |= {"bitmask_linear", "dense_linear", "gated_bitmask_linear", "panels_linear"}

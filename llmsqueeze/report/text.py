@@ -146,7 +146,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _device(document: Mapping[str, Any]) -> str:
+def device_of(document: Mapping[str, Any]) -> str:
     """What a model was measured on."""
     name: str = document.get("gpu") or document.get("cpu", "")
     return name
@@ -179,7 +179,7 @@ def markdown(report: Mapping[str, Any]) -> str:
     rows = [
         [
             r["label"].removeprefix("bench model").strip(), f"{r['document']['speedup']:.2f}×",
-            f"{r['document']['bound']:.2f}×", _device(r["document"]),
+            f"{r['document']['bound']:.2f}×", device_of(r["document"]),
         ]
         for r in results
         if r["kind"] == "bench model"
