@@ -41,7 +41,7 @@ that order, and the result is what the commands would give one after another. A 
 too: it says how its checkpoint was made, and that is done again. `llmsqueeze recipe show` prints one in full.
 
 \b
-Presets (--preset); README has what their parts cost:
+Presets (--preset); README has what they cost:
 {PRESET_SUMMARIES}
 """
 )
