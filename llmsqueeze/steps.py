@@ -56,6 +56,7 @@ def run_steps(
     check_output(out, overwrite)
     check_not_inside(out, checkpoint.path)
     walks: list[Walk] = []
+    out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=out.parent, prefix=f".{out.name}.", suffix=".steps"
     ) as directory:
