@@ -1,5 +1,5 @@
 // The dense rows of a 2:4 stream (see sparse24.cu): y [rows, columns] of the bands from `band` on.
-// A warp expands a chunk of a band; with MIXED a block its pieces, onto zeros.
+// A warp expands a chunk of a band; with MIXED a block its pieces, onto zeros. columns: divisible by 8.
 
 // Two values and where they stand in a group of four; the places are never the same.
 __device__ __forceinline__ unsigned long long group_of(u32 values, u32 places) {
@@ -7,7 +7,10 @@ __device__ __forceinline__ unsigned long long group_of(u32 values, u32 places) {
            (unsigned long long)(values >> 16) << (16 * (places >> 2));
 }
 
-extern "C" __global__ void __launch_bounds__(256)
+#define THREADS (MIXED ? 256 : 64)
+#define PITCH 34  // of a row in shared memory, in 16 bytes: it begins 8 banks behind the one before
+
+extern "C" __global__ void __launch_bounds__(THREADS)
 sparse24_expand(const uint4* __restrict__ stream, const u32* __restrict__ entries,
                 const u32* __restrict__ metadata, const int* __restrict__ starts, u16* __restrict__ y,
                 int rows, int columns, int chunks, int band) {
@@ -42,22 +45,39 @@ sparse24_expand(const uint4* __restrict__ stream, const u32* __restrict__ entrie
         }
     }
 #else
-    const int work = blockIdx.x * 8 + (threadIdx.x >> 5), local = work / chunks, chunk = work % chunks;
+    // Whole rows of a chunk leave a warp together, 512 bytes each, by way of shared memory.
+    extern __shared__ uint4 staged[];
+    uint4* mine = staged + (threadIdx.x >> 5) * 16 * PITCH;
+    const int work = blockIdx.x * 2 + (threadIdx.x >> 5), local = work / chunks, chunk = work % chunks;
     if (local * 16 >= rows) return;
     const uint4* from = stream + ((size_t)(band + local) * chunks + chunk) * 288;
+    uint4 values[8];
+    u32 places[8][2];
+#pragma unroll
+    for (int unit = 0; unit < 8; unit++) values[unit] = load_weights(from + unit * 32 + lane, true);
+#pragma unroll
+    for (int unit = 0; unit < 8; unit++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            places[unit][half] = ((const u32*)(from + 256 + 4 * g + 2 * (unit & 1) + half))[unit >> 1];
+    wait_for_input();  // y may still be read
 #pragma unroll
     for (int unit = 0; unit < 8; unit++) {
-        const uint4 v = from[unit * 32 + lane];
-        const u32 values[4] = {v.x, v.y, v.z, v.w};
+        const u32 word[4] = {values[unit].x, values[unit].y, values[unit].z, values[unit].w};
 #pragma unroll
         for (int part = 0; part < 4; part++) {
-            const int half = part >> 1, row = local * 16 + g + 8 * (part & 1);
-            const u32 word = ((const u32*)(from + 256 + 4 * g + 2 * (unit & 1) + half))[unit >> 1];
-            const u32 places = word >> (16 * (part & 1) + 4 * t) & 15;
-            const int column = chunk * 256 + unit * 32 + half * 16 + t * 4;
-            if (row < rows && column < columns)
-                *(unsigned long long*)(y + (size_t)row * columns + column) = group_of(values[part], places);
+            const int half = part >> 1, row = g + 8 * (part & 1);
+            unsigned long long* to = (unsigned long long*)(mine + row * PITCH) + unit * 8 + half * 4 + t;
+            *to = group_of(word[part], places[unit][half] >> (16 * (part & 1) + 4 * t) & 15);
         }
     }
+    __syncwarp();
+    const int column = chunk * 256 + lane * 8;
+    if (column >= columns) return;
+    u16* to = y + (size_t)local * 16 * columns + column;
+    const int last = min(16, rows - local * 16);
+#pragma unroll
+    for (int row = 0; row < 16; row++)
+        if (row < last) *(uint4*)(to + (size_t)row * columns) = mine[row * PITCH + lane];
 #endif
 }

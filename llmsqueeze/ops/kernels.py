@@ -198,7 +198,7 @@ def _gated(
     macros = {
         "FORMAT": format, "WARPS": warps, "TILE": tile, "CLUSTER": shape.cluster,
         "DEPTH": shape.depth, "ITEMS": max(1, -(-share // (64 * warps))), "BLOCKS": shape.blocks,
-        "HALF": half(x), "PDL": 0,
+        "HALF": half(x), "PDL": int(shape.early),
     }  # fmt: skip
     cuda.launch(
         "gated", macros, x,
@@ -223,13 +223,17 @@ def _with_branch(
 
 @dataclass(frozen=True)
 class GatedShape:
-    """warps of a block, rows of a tile, blocks of a cluster, loads in flight, blocks to a multiprocessor."""
+    """warps of a block, rows of a tile, blocks of a cluster, loads in flight, blocks to a multiprocessor.
+
+    early: whether to start while the kernel before is still at work.
+    """
 
     warps: int
     tile: int
     cluster: int
     depth: int
     blocks: int = 2
+    early: bool = False
 
 
 def gated_shape(
@@ -247,14 +251,16 @@ def gated_shape(
     if format == OUTPUTS24:
         if rows >= 64 * multiprocessors:
             return GatedShape(16, 128, 1, 4, 2)
-        if rows > 32 * multiprocessors and not wide:
+        if wide:
+            return GatedShape(8, 128, 8, 4, 4)
+        if rows > 32 * multiprocessors:
             return GatedShape(8, 256, 8, 6, 3)
-        return GatedShape(8, 128, 8, 4, 4)
+        return GatedShape(8, 128, 8, 4, 3, early=True)
     if rows >= 64 * multiprocessors:
         return GatedShape(8, 64, 1, 6, 3)
     if wide:
         return GatedShape(8, 128, 8, 6, 3)
-    if rows > 32 * multiprocessors:
+    if rows > 32 * multiprocessors or format == INT8:
         return GatedShape(8, 32, 1, 6, 3)
     return GatedShape(16, 32, 1, 6, 2)
 
@@ -303,10 +309,12 @@ def _expand_sparse24(
     make = torch.zeros if mixed else torch.empty  # columns of zeros are in no piece
     panel = make(rows, columns, dtype=torch.bfloat16, device=stream.device)
     bands = -(-rows // 16)
+    grid, block, shared = (bands, 256, 0) if mixed else (-(-bands * chunks // 2), 64, 2 * 16 * 544)
+    early = int(not mixed and cuda.is_hopper(stream.device.index))
     cuda.launch(
-        "sparse24_expand", {"MIXED": mixed, "HALF": 0, "PDL": 0}, stream,
-        (*weight, panel, rows, columns, chunks, begin // 16),
-        grid=(bands if mixed else -(-bands * chunks // 8), 1), block=256, shared=0,
+        "sparse24_expand", {"MIXED": mixed, "HALF": 0, "PDL": early}, stream,
+        (*weight, panel, rows, columns, chunks, begin // 16), grid=(grid, 1), block=block,
+        shared=shared,
     )  # fmt: skip
     return panel
 
