@@ -4,29 +4,40 @@
 // mask: [rows][ceil(columns / 8)] bytes, bit j % 8 of byte j / 8 is column j;
 // offsets: [rows + 1], where rows begin in values. x: [tokens][columns], y: [tokens][rows], fp32 as all sums are.
 //
-// A row is expanded 32 columns at a time in registers, and each piece meets a few tokens. bf16 becomes fp32 by
-// its place in a word: columns of even number and of odd number, which x is divided into beforehand.
+// Rows are expanded 32 columns at a time in registers, and each piece meets a few tokens. Several rows go side by side,
+// so that x comes from the second cache once for all of them. bf16 becomes fp32 by its place in a word: columns of even
+// number and of odd number, which x is divided into beforehand.
 
 #include <cmath>
+#include <new>
 #include <vector>
 
 #include "cpu.h"
 
 namespace {
 
-constexpr int64_t GROUP = 64;  // columns that x is filled up to
-constexpr int64_t PIECE = 32;  // columns that are expanded together
-constexpr int MOST = 8;        // tokens whose sums stay in registers, at most
-constexpr int64_t FAR = 2048;  // bytes of values that are asked for ahead
+constexpr int64_t GROUP = 64;   // columns that x is filled up to
+constexpr int64_t PIECE = 32;   // columns that are expanded together
+constexpr int MOST = 8;         // tokens whose sums stay in registers, at most
+constexpr int SIDE = 4;         // rows side by side, at most
+constexpr int64_t NEAR = 2048;  // bytes of values that are asked for ahead, of one row
 
-// One row times some tokens. x: as `arrange` leaves it; bytes: of the row's mask. Where weights are not MASKED, all are
-// there, the mask is not read, and bytes are divisible by 8.
-using Row = void (*)(const void* values, const uint8_t* mask, const float* x, int64_t pitch, int64_t bytes, int tokens,
-                     float* sums);
+// A row. far: bytes from its values to those of the row that comes in its place, asked for meanwhile where several go side
+// by side; far_mask: of masks.
+struct Strip {
+    const void* values;
+    const uint8_t* mask;
+    int64_t far, far_mask;
+};
+
+// Some rows times some tokens: sums is [rows][tokens]. x: as `arrange` leaves it; bytes: of a row's mask. Where weights
+// are not MASKED, all are there, the mask is not read, and bytes are divisible by 8.
+using Rows = void (*)(const Strip* strips, const float* x, int64_t pitch, int64_t bytes, int tokens, float* sums);
 
 template <int KIND, bool MASKED>
-void row_portable(const void* values, const uint8_t* mask, const float* x, int64_t pitch, int64_t bytes, int tokens,
-                  float* sums) {
+void row_portable(const Strip* strip, const float* x, int64_t pitch, int64_t bytes, int tokens, float* sums) {
+    const void* values = strip->values;
+    const uint8_t* mask = strip->mask;
     int64_t next = 0;
     float parts[MOST][8] = {};  // one long sum would lose more in rounding
     for (int64_t byte = 0; byte < bytes; byte++)
@@ -63,20 +74,20 @@ const void* expand_portable(const void* from, const uint8_t* mask, void* y, int6
 #if X86
 
 template <int KIND, bool MASKED, int TOKENS>
-WITH_AVX2 void row_avx2(const void* values, const uint8_t* mask, const float* x, int64_t pitch, int64_t bytes, int,
-                        float* sums) {
+WITH_AVX2 void row_avx2(const Strip* strip, const float* x, int64_t pitch, int64_t bytes, int, float* sums) {
     constexpr int CHAINS = TOKENS == 1 ? 4 : 2;
     __m256 sum[TOKENS][CHAINS];
     for (int t = 0; t < TOKENS; t++)
         for (int c = 0; c < CHAINS; c++) sum[t][c] = _mm256_setzero_ps();
+    const void* values = strip->values;
     for (int64_t byte = 0; byte < bytes; byte += 4) {
-        const uint8_t* m = mask + byte;
+        const uint8_t* m = strip->mask + byte;
         uint8_t last[4] = {0, 0, 0, 0};
         if (MASKED && byte + 4 > bytes) {  // nothing is read behind the mask
             std::memcpy(last, m, bytes - byte);
             m = last;
         }
-        _mm_prefetch((const char*)values + FAR, _MM_HINT_T0);
+        _mm_prefetch((const char*)values + NEAR, _MM_HINT_T0);
         __m256 w[4];
         values = MASKED ? expand32_avx2<KIND>(values, m, w) : load32_avx2<KIND>(values, w);
         const float* from = x + byte * 8;
@@ -90,47 +101,60 @@ WITH_AVX2 void row_avx2(const void* values, const uint8_t* mask, const float* x,
     }
 }
 
-template <int KIND, bool MASKED, int TOKENS>
-WITH_AVX512 void row_avx512(const void* values, const uint8_t* mask, const float* x, int64_t pitch, int64_t bytes, int,
-                            float* sums) {
-    constexpr int CHAINS = TOKENS <= 4 ? 4 : 2;
-    __m512 sum[TOKENS][CHAINS];
-    for (int t = 0; t < TOKENS; t++)
-        for (int c = 0; c < CHAINS; c++) sum[t][c] = _mm512_setzero_ps();
-    for (int64_t byte = 0; byte < bytes; byte += 8) {
-        uint64_t m = 0;
-        if (MASKED && byte + 8 <= bytes)
-            std::memcpy(&m, mask + byte, 8);
-        else if (MASKED)
-            std::memcpy(&m, mask + byte, bytes - byte);
-        _mm_prefetch((const char*)values + FAR, _MM_HINT_T0);
-        if (KIND == FP32) _mm_prefetch((const char*)values + FAR + 64, _MM_HINT_T0);
-        const float* from = x + byte * 8;
-        for (int half = 0; half < 2; half++) {
-            __m512 w[2];
-            values = MASKED ? expand32_avx512<KIND>(values, (uint32_t)(m >> 32 * half), w)
-                            : load32_avx512<KIND>(values, w);
-            for (int t = 0; t < TOKENS; t++)
-                for (int i = 0; i < 2; i++) {
-                    __m512& into = sum[t][(2 * half + i) % CHAINS];
-                    into = _mm512_fmadd_ps(w[i], _mm512_loadu_ps(from + t * pitch + 32 * half + 16 * i), into);
-                }
+template <int KIND, bool MASKED, int ROWS, int TOKENS>
+WITH_AVX512 void rows_avx512(const Strip* strips, const float* x, int64_t pitch, int64_t bytes, int, float* sums) {
+    constexpr int CHAINS = TOKENS <= 2 ? 2 : 1;  // alike for all numbers of rows
+    __m512 sum[ROWS][TOKENS][CHAINS];
+    const void* values[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        values[r] = strips[r].values;
+        for (int t = 0; t < TOKENS; t++)
+            for (int c = 0; c < CHAINS; c++) sum[r][t][c] = _mm512_setzero_ps();
+    }
+    for (int64_t byte = 0; byte < bytes; byte += 4) {
+        __m512 w[ROWS][2];
+        for (int r = 0; r < ROWS; r++) {
+            uint32_t m = 0;
+            if (MASKED && byte + 4 <= bytes)
+                std::memcpy(&m, strips[r].mask + byte, 4);
+            else if (MASKED)  // nothing is read behind the mask
+                std::memcpy(&m, strips[r].mask + byte, bytes - byte);
+            _mm_prefetch((const char*)values[r] + strips[r].far, _MM_HINT_T1);
+            if (KIND == FP32) _mm_prefetch((const char*)values[r] + strips[r].far + 64, _MM_HINT_T1);
+            if (MASKED && byte % 64 == 0)
+                _mm_prefetch((const char*)strips[r].mask + byte + strips[r].far_mask, _MM_HINT_T1);
+            values[r] = MASKED ? expand32_avx512<KIND>(values[r], m, w[r]) : load32_avx512<KIND>(values[r], w[r]);
         }
+        for (int t = 0; t < TOKENS; t++)
+            for (int i = 0; i < 2; i++) {
+                const __m512 seen = _mm512_loadu_ps(x + t * pitch + byte * 8 + 16 * i);
+                for (int r = 0; r < ROWS; r++)
+                    sum[r][t][i % CHAINS] = _mm512_fmadd_ps(w[r][i], seen, sum[r][t][i % CHAINS]);
+            }
     }
-    for (int t = 0; t < TOKENS; t++) {
-        for (int c = 1; c < CHAINS; c++) sum[t][0] = _mm512_add_ps(sum[t][0], sum[t][c]);
-        sums[t] = _mm512_reduce_add_ps(sum[t][0]);
-    }
+    for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < TOKENS; t++) {
+            for (int c = 1; c < CHAINS; c++) sum[r][t][0] = _mm512_add_ps(sum[r][t][0], sum[r][t][c]);
+            sums[r * TOKENS + t] = _mm512_reduce_add_ps(sum[r][t][0]);
+        }
 }
 
 template <int KIND, bool MASKED>
-Row row_of(int isa, int tokens) {
-    static const Row avx2[] = {row_avx2<KIND, MASKED, 1>, row_avx2<KIND, MASKED, 2>, row_avx2<KIND, MASKED, 3>,
-                               row_avx2<KIND, MASKED, 4>};
-    static const Row avx512[] = {row_avx512<KIND, MASKED, 1>, row_avx512<KIND, MASKED, 2>, row_avx512<KIND, MASKED, 3>,
-                                 row_avx512<KIND, MASKED, 4>, row_avx512<KIND, MASKED, 5>, row_avx512<KIND, MASKED, 6>,
-                                 row_avx512<KIND, MASKED, 7>, row_avx512<KIND, MASKED, 8>};
-    return isa == AVX512 ? avx512[tokens - 1] : isa == AVX2 ? avx2[tokens - 1] : row_portable<KIND, MASKED>;
+Rows rows_of(int isa, int rows, int tokens) {
+    static const Rows avx2[] = {row_avx2<KIND, MASKED, 1>, row_avx2<KIND, MASKED, 2>, row_avx2<KIND, MASKED, 3>,
+                                row_avx2<KIND, MASKED, 4>};
+    static const Rows avx512[][8] = {
+        {rows_avx512<KIND, MASKED, 1, 1>, rows_avx512<KIND, MASKED, 1, 2>, rows_avx512<KIND, MASKED, 1, 3>,
+         rows_avx512<KIND, MASKED, 1, 4>, rows_avx512<KIND, MASKED, 1, 5>, rows_avx512<KIND, MASKED, 1, 6>,
+         rows_avx512<KIND, MASKED, 1, 7>, rows_avx512<KIND, MASKED, 1, 8>},
+        {nullptr, nullptr, nullptr, nullptr, rows_avx512<KIND, MASKED, 2, 5>, rows_avx512<KIND, MASKED, 2, 6>,
+         rows_avx512<KIND, MASKED, 2, 7>, rows_avx512<KIND, MASKED, 2, 8>},
+        {},
+        {rows_avx512<KIND, MASKED, 4, 1>, rows_avx512<KIND, MASKED, 4, 2>, rows_avx512<KIND, MASKED, 4, 3>,
+         rows_avx512<KIND, MASKED, 4, 4>}};
+    return isa == AVX512 ? avx512[rows - 1][tokens - 1]
+           : isa == AVX2 ? avx2[tokens - 1]
+                         : row_portable<KIND, MASKED>;
 }
 
 template <int KIND, bool WIDE>
@@ -187,7 +211,7 @@ Expand expand_of(int isa) {
 #else
 
 template <int KIND, bool MASKED>
-Row row_of(int, int) {
+Rows rows_of(int, int, int) {
     return row_portable<KIND, MASKED>;
 }
 
@@ -198,12 +222,15 @@ Expand expand_of(int) {
 
 #endif
 
+// How many rows go side by side: what registers hold. With AVX2 two took longer than one, on an EPYC.
+int beside(int isa, int tokens) { return isa != AVX512 ? 1 : tokens <= 4 ? 4 : 2; }
+
 template <bool MASKED>
-Row row_for(int kind, int isa, int tokens) {
-    if (!MASKED && kind == INT8) return row_of<INT8, false>(isa, tokens);
-    return kind == BF16   ? row_of<BF16, MASKED>(isa, tokens)
-           : kind == FP16 ? row_of<FP16, MASKED>(isa, tokens)
-                          : row_of<FP32, MASKED>(isa, tokens);
+Rows rows_for(int kind, int isa, int rows, int tokens) {
+    if (!MASKED && kind == INT8) return rows_of<INT8, false>(isa, rows, tokens);
+    return kind == BF16   ? rows_of<BF16, MASKED>(isa, rows, tokens)
+           : kind == FP16 ? rows_of<FP16, MASKED>(isa, rows, tokens)
+                          : rows_of<FP32, MASKED>(isa, rows, tokens);
 }
 
 Expand expand_for(int kind, int isa, bool wide) {
@@ -225,29 +252,39 @@ int best_isa() {
     return PORTABLE;
 }
 
+// Of so many rows, or groups of them, what a thread takes at a time.
 int64_t rows_at_a_time(int64_t rows, int threads) {
     const int64_t part = rows / (16 * (int64_t)threads);
-    return part < 8 ? 8 : part;
+    return part < 2 ? 2 : part;
 }
 
+// Numbers that begin where a line of the cache does, so that what is read of them lies in one.
+struct Aligned {
+    explicit Aligned(int64_t count)
+        : data((float*)::operator new(count * sizeof(float), std::align_val_t(64))) {}
+    ~Aligned() { ::operator delete(data, std::align_val_t(64)); }
+    Aligned(const Aligned&) = delete;
+    Aligned& operator=(const Aligned&) = delete;
+    float* data;
+};
+
 // x filled up with zeros; of 32 columns the even ones, then the odd ones, for bf16 in registers.
-std::vector<float> arrange(const float* x, int64_t tokens, int64_t columns, int64_t pitch, bool by_turns) {
-    std::vector<float> found(tokens * pitch);
+void arrange(const float* x, float* found, int64_t tokens, int64_t columns, int64_t pitch, bool by_turns) {
     for (int64_t t = 0; t < tokens; t++) {
         const float* from = x + t * columns;
-        float* to = found.data() + t * pitch;
+        float* to = found + t * pitch;
         const int64_t whole = by_turns ? columns / PIECE * PIECE : 0;
         for (int64_t c = 0; c < whole; c += PIECE)
             for (int64_t i = 0; i < PIECE / 2; i++) {
                 to[c + i] = from[c + 2 * i];
                 to[c + PIECE / 2 + i] = from[c + 2 * i + 1];
             }
+        std::memset(to + whole, 0, (pitch - whole) * sizeof(float));
         for (int64_t c = whole; c < columns; c++) {
             const int64_t in = c - whole;
             to[by_turns ? whole + in % 2 * (PIECE / 2) + in / 2 : c] = from[c];
         }
     }
-    return found;
 }
 
 // x / rms(x) · norm for each token.
@@ -274,29 +311,42 @@ struct Weight {
     int64_t rows;
 };
 
-// x: some tokens, [tokens][columns]; seen: the same as `arrange` leaves them. Nothing is read behind the last value.
-void row_times(const Weight& weight, int64_t row, int kind, int isa, const float* x, const float* seen, int64_t columns,
-               int64_t pitch, int tokens, float* sums) {
-    const int64_t size = size_of(kind);
-    if (weight.mask) {
-        const int64_t bytes = (columns + 7) / 8, begin = weight.offsets[row], end = weight.offsets[row + 1];
-        const char* from = (const char*)weight.values + begin * size;
-        std::vector<char> copy;
-        if (end + MARGIN > weight.offsets[weight.rows]) {
-            copy.resize((end - begin + MARGIN) * size);
-            std::memcpy(copy.data(), from, (end - begin) * size);
-            from = copy.data();
+// Rows of W times x. x: some tokens, [tokens][columns]; seen: the same as `arrange` leaves them; sums: [rows][tokens], room
+// for SIDE times MOST. Nothing is read behind the last value.
+void rows_times(const Weight& weight, int64_t row, int rows, int kind, int isa, const float* x, const float* seen,
+                int64_t columns, int64_t pitch, int tokens, float* sums) {
+    const int64_t size = size_of(kind), bytes = (columns + 7) / 8, whole = columns / GROUP * GROUP;
+    Strip strips[SIDE];
+    std::vector<char> copies[SIDE];
+    for (int r = 0; r < rows; r++) {
+        const int64_t at = row + r, next = at + rows < weight.rows ? at + rows : at;
+        if (!weight.mask) {
+            strips[r] = {(const char*)weight.values + at * columns * size, nullptr, (next - at) * columns * size, 0};
+            continue;
         }
-        row_for<true>(kind, isa, tokens)(from, weight.mask + row * bytes, seen, pitch, bytes, tokens, sums);
-    } else {
-        const int64_t whole = columns / GROUP * GROUP;
-        const char* from = (const char*)weight.values + row * columns * size;
-        row_for<false>(kind, isa, tokens)(from, nullptr, seen, pitch, whole / 8, tokens, sums);
-        for (int t = 0; t < tokens; t++)
-            for (int64_t c = whole; c < columns; c++) sums[t] += value_at(from, c, kind) * x[t * columns + c];
+        const int64_t begin = weight.offsets[at], end = weight.offsets[at + 1];
+        const char* from = (const char*)weight.values + begin * size;
+        if (end + MARGIN > weight.offsets[weight.rows]) {
+            copies[r].resize((end - begin + MARGIN) * size);
+            std::memcpy(copies[r].data(), from, (end - begin) * size);
+            from = copies[r].data();
+        }
+        strips[r] = {from, weight.mask + at * bytes, (weight.offsets[next] - begin) * size, (next - at) * bytes};
     }
-    if (weight.scale)
-        for (int t = 0; t < tokens; t++) sums[t] *= weight.scale[row];
+    const int64_t seen_bytes = weight.mask ? bytes : whole / 8;
+    if (rows == beside(isa, tokens))
+        (weight.mask ? rows_for<true> : rows_for<false>)(kind, isa, rows, tokens)(strips, seen, pitch, seen_bytes, tokens, sums);
+    else
+        for (int r = 0; r < rows; r++)
+            (weight.mask ? rows_for<true> : rows_for<false>)(kind, isa, 1, tokens)(strips + r, seen, pitch, seen_bytes, tokens,
+                                                                                  sums + r * tokens);
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++) {
+            float& sum = sums[r * tokens + t];
+            if (!weight.mask)
+                for (int64_t c = whole; c < columns; c++) sum += value_at(strips[r].values, c, kind) * x[t * columns + c];
+            if (weight.scale) sum *= weight.scale[row + r];
+        }
 }
 
 }  // namespace
@@ -318,29 +368,37 @@ void llmsqueeze_linears(const Weight* weights, int64_t count, const float* norm,
     const int together = isa == AVX512 ? MOST : MOST / 2;
     const std::vector<float> normed = norm ? normalise(x, norm, epsilon, columns, tokens) : std::vector<float>();
     if (norm) x = normed.data();
-    const std::vector<float> seen = arrange(x, tokens, columns, pitch, kind == BF16 && isa != PORTABLE);
-    int64_t rows = 0;
-    for (int64_t w = 0; w < (glu ? 1 : count); w++) rows += weights[w].rows;
-    const int64_t turn = rows_at_a_time(rows, threads);
+    const Aligned seen(tokens * pitch);
+    arrange(x, seen.data, tokens, columns, pitch, kind == BF16 && isa != PORTABLE);
+    int64_t outputs = 0, turns = 0;
+    for (int64_t w = 0; w < (glu ? 1 : count); w++) {
+        outputs += weights[w].rows;
+        turns += (weights[w].rows + SIDE - 1) / SIDE;
+    }
     // In turns: some cores are slower, or have other work.
-#pragma omp parallel for num_threads(threads) schedule(dynamic, turn)
-    for (int64_t row = 0; row < rows; row++) {
-        int64_t in = row;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, rows_at_a_time(turns, threads))
+    for (int64_t turn = 0; turn < turns; turn++) {
+        int64_t in = turn, before = 0;
         const Weight* weight = weights;
-        while (in >= weight->rows) in -= weight++->rows;
+        for (int64_t some; in >= (some = (weight->rows + SIDE - 1) / SIDE); weight++) in -= some, before += weight->rows;
+        const int64_t end = (in + 1) * SIDE < weight->rows ? (in + 1) * SIDE : weight->rows;
         for (int64_t first = 0; first < tokens; first += together) {
             const int some = (int)(tokens - first < together ? tokens - first : together);
+            const int step = beside(isa, some);
             const float* plain = x + first * columns;
-            const float* turned = seen.data() + first * pitch;
-            float sums[MOST], ups[MOST];
-            row_times(*weight, in, kind, isa, plain, turned, columns, pitch, some, sums);
-            if (glu) row_times(weights[1], in, kind, isa, plain, turned, columns, pitch, some, ups);
-            for (int t = 0; t < some; t++) {
-                float& to = y[(first + t) * rows + row];
-                if (glu)
-                    to = sums[t] / (1 + std::exp(-sums[t])) * ups[t];
-                else
-                    to = sums[t] + (bias ? bias[row] : 0) + (residual ? residual[(first + t) * rows + row] : 0);
+            const float* turned = seen.data + first * pitch;
+            for (int64_t row = in * SIDE; row < end; row += step) {
+                const int rows = (int)(end - row < step ? end - row : step);
+                float sums[SIDE * MOST], ups[SIDE * MOST];
+                rows_times(*weight, row, rows, kind, isa, plain, turned, columns, pitch, some, sums);
+                if (glu) rows_times(weights[1], row, rows, kind, isa, plain, turned, columns, pitch, some, ups);
+                for (int r = 0; r < rows; r++)
+                    for (int t = 0; t < some; t++) {
+                        const int64_t output = before + row + r, to = (first + t) * outputs + output;
+                        const float sum = sums[r * some + t];
+                        y[to] = glu ? sum / (1 + std::exp(-sum)) * ups[r * some + t]
+                                    : sum + (bias ? bias[output] : 0) + (residual ? residual[to] : 0);
+                    }
             }
         }
     }

@@ -22,10 +22,10 @@ from llmsqueeze.ops import layer
 INSTRUCTIONS = ("portable", "AVX2", "AVX-512")
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
 # Up to so many rows of x meet the weights as they are; beyond, a panel of rows at a time is made dense. Fewer
-# where torch has AVX-512 too, and AMX for 16 bits: on two cores of a Xeon that has both, 4096 × 14336, panels
-# took 14 ms for 8 rows in bf16 and 25 in fp32, weights as they are 20 and 21, for 16 rows 15, 28, 32 and 35.
+# where torch has AVX-512 too, and AMX for 16 bits: on two cores of a Xeon that has both, 4096 × 14336 in
+# bf16, panels took 17 ms for 8 rows and 18 for 16, weights as they are 11 and 22.
 TOKENS = 16
-WIDE_TOKENS = {torch.bfloat16: 4, torch.float16: 4, torch.float32: 8}
+WIDE_TOKENS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 16}
 # The same behind a gate: more rows would keep different inputs.
 GATED_TOKENS = 2
 
