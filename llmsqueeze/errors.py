@@ -2,11 +2,14 @@
 
 LlmsqueezeError
 ├── RecipeError        2   the request itself is wrong: option, pattern, method
+│   └── ResumeError    2   the state that is there is another run's, or there is none
 ├── CheckpointError    3   the checkpoint is missing, damaged, unsupported or inconsistent
+│   └── SourceChanged  3   its files were changed while they were read
 ├── DataError          3   calibration or evaluation text is missing, unreadable or too short
 ├── CalibrationError   3   the model produced values that no statistic can use
 ├── EnvironmentFault   4   a package or device that the request needs is not there
-└── ResourceError      5   out of memory or disk
+├── ResourceError      5   out of memory or disk
+└── Stopped           75   stopped on request where the same command can go on
 
 A message is one line that says what is wrong and what to do about it.
 """
@@ -22,8 +25,16 @@ class RecipeError(LlmsqueezeError):
     exit_code = 2
 
 
+class ResumeError(RecipeError):
+    pass
+
+
 class CheckpointError(LlmsqueezeError):
     exit_code = 3
+
+
+class SourceChanged(CheckpointError):
+    pass
 
 
 class DataError(LlmsqueezeError):
@@ -40,3 +51,7 @@ class EnvironmentFault(LlmsqueezeError):
 
 class ResourceError(LlmsqueezeError):
     exit_code = 5
+
+
+class Stopped(LlmsqueezeError):
+    exit_code = 75
