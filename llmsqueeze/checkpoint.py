@@ -234,6 +234,18 @@ class Checkpoint:
         return {name: record.report for name, record in sites.items()}
 
     @property
+    def changes(self) -> dict[str, Any]:
+        """What is done to the weights while they are read, in plain types; nothing to those on disk."""
+        return {}
+
+    def progress(self) -> dict[str, Any]:
+        """What rewind() needs to read on from here; one on disk reads the same whenever it is asked."""
+        return {}
+
+    def rewind(self, found: dict[str, Any], batch: int) -> None:
+        """Go back to where progress() gave `found`; empty: to the beginning. batch: see Pruning.blocks."""
+
+    @property
     def activation(self) -> ActivationRecord | None:
         """The gates of sparsified activations, if the checkpoint has any."""
         return self.manifest.activation if self.manifest else None

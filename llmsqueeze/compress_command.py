@@ -9,10 +9,14 @@ import click
 
 from llmsqueeze.command import (
     CHECKPOINT_HELP,
+    RESUME_HELP,
+    check_free,
     checkpoint_options,
     common,
     device_option,
     open_checkpoint,
+    resume_option,
+    working,
 )
 from llmsqueeze.recipe import read_recipe
 
@@ -29,6 +33,9 @@ The recipe is YAML: steps (prune, encode, sparsify, quantize-kv) and their setti
 own --recipe; a step without settings takes the defaults. encode rounds linears to int8. A llmsqueeze.json is
 a recipe, too: it says how its checkpoint was made. Steps are done in that order, and the result is what the
 commands would give one after another.
+
+{RESUME_HELP} Training masks goes on from its last saved step; a walk that only writes (encode alone)
+starts anew.
 """
 )
 @click.argument("checkpoint")
@@ -36,16 +43,16 @@ commands would give one after another.
 @click.option("--recipe", "recipe_file", required=True, type=click.Path(path_type=Path),
               help="YAML with the steps, or the llmsqueeze.json of a checkpoint.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
+@resume_option
 @device_option
 @checkpoint_options
 @common
 def compress(
-    console: Console, checkpoint: str, out: Path, recipe_file: Path, overwrite: bool, device: str,
-    offline: bool, cache_dir: Path,
+    console: Console, checkpoint: str, out: Path, recipe_file: Path, overwrite: bool, resume: str,
+    device: str, offline: bool, cache_dir: Path,
 ) -> None:  # fmt: skip
     raw = read_recipe(recipe_file)
 
-    from llmsqueeze.artifact import check_output
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import facts, size
     from llmsqueeze.device import choose_device
@@ -53,12 +60,13 @@ def compress(
     from llmsqueeze.traffic import bytes_per_token
 
     steps = parse_steps(raw)
-    check_output(out, overwrite)
+    check_free(out, overwrite)
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
-    with console.steps() as progress:
+    with console.steps() as progress, working(console, out, where, resume) as work:
         seconds = run_steps(
-            opened, name, out, steps, where, overwrite=overwrite, note=console.note,
+            opened, name, out, steps, where, overwrite=overwrite, work=work,
+            note=console.note,
             on_block=lambda command, b: progress(
                 f"{command} block", b.index + 1, b.total, f"{b.seconds:.1f} s"
             ),

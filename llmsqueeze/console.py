@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,11 @@ class Console:
         """One line about what is happening."""
         if not self.quiet:
             self._err.print(message, markup=False)
+
+    def urgent(self, message: str) -> None:
+        """A note from a signal handler, which may have interrupted another in the middle."""
+        if not self.quiet:
+            os.write(sys.stderr.fileno(), f"{message}\n".encode())
 
     def error(self, message: str, exit_code: int) -> None:
         """One line about what went wrong; with --json also the document that stdout owes."""
