@@ -91,12 +91,14 @@ class Console:
                 yield advance
         else:
             started: dict[str, float] = {}
+            first: dict[str, int] = {}  # a run that goes on has not done those before
             opened = time.monotonic()
 
             def line(what: str, done: int, total: int, detail: str) -> None:
                 # The first step of each kind began when the one before ended, or the whole did.
                 begun = started.setdefault(what, max([opened, *started.values()]))
-                left = (time.monotonic() - begun) / done * (total - done)
+                own = done - first.setdefault(what, done) + 1
+                left = (time.monotonic() - begun) / own * (total - done)
                 parts = (f"{what} {done}/{total}", detail, f"{left:.0f} s left")
                 self.note("  ".join(part for part in parts if part))
 
