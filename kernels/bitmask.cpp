@@ -1,11 +1,12 @@
 // y = x Wᵀ + b on a CPU, for W as it lies in the file: one bit a weight, then the non-zeros, row after row.
 //
-// values: bf16, fp16 or fp32 (KIND 0, 1, 2); mask: [rows][ceil(columns / 8)] bytes, bit j % 8 of byte j / 8 is column j;
+// values: bf16, fp16, fp32 or, where all are there, int8 (KIND 0 to 3); mask: [rows][ceil(columns / 8)] bytes, bit j % 8 of byte j / 8 is column j;
 // offsets: [rows + 1], where rows begin in values. x: [tokens][columns], y: [tokens][rows], fp32 as all sums are.
 //
 // A row is expanded 32 columns at a time in registers, and each piece meets a few tokens. bf16 becomes fp32 by
 // its place in a word: columns of even number and of odd number, which x is divided into beforehand.
 
+#include <cmath>
 #include <vector>
 
 #include "cpu.h"
@@ -59,12 +60,6 @@ const void* expand_portable(const void* from, const uint8_t* mask, void* y, int6
 }
 
 #if X86
-
-WITH_AVX2 inline float total(__m256 v) {
-    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
-    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
-}
 
 template <int KIND, bool MASKED, int TOKENS>
 WITH_AVX2 void row_avx2(const void* values, const uint8_t* mask, const float* x, int64_t pitch, int64_t bytes, int,
@@ -204,6 +199,7 @@ Expand expand_of(int) {
 
 template <bool MASKED>
 Row row_for(int kind, int isa, int tokens) {
+    if (!MASKED && kind == INT8) return row_of<INT8, false>(isa, tokens);
     return kind == BF16   ? row_of<BF16, MASKED>(isa, tokens)
            : kind == FP16 ? row_of<FP16, MASKED>(isa, tokens)
                           : row_of<FP32, MASKED>(isa, tokens);
@@ -253,6 +249,55 @@ std::vector<float> arrange(const float* x, int64_t tokens, int64_t columns, int6
     return found;
 }
 
+// x / rms(x) · norm for each token.
+std::vector<float> normalise(const float* x, const float* norm, float epsilon, int64_t columns, int64_t tokens) {
+    std::vector<float> found(tokens * columns);
+    for (int64_t t = 0; t < tokens; t++) {
+        const float* from = x + t * columns;
+        float parts[16] = {};
+        for (int64_t c = 0; c < columns; c++) parts[c % 16] += from[c] * from[c];
+        float sum = 0;
+        for (const float part : parts) sum += part;
+        const float factor = 1 / std::sqrt(sum / (float)columns + epsilon);
+        for (int64_t c = 0; c < columns; c++) found[t * columns + c] = from[c] * factor * norm[c];
+    }
+    return found;
+}
+
+// One W: without a mask all weights are there, [rows][columns]. scale: what a row's are multiplied by, or null.
+struct Weight {
+    const void* values;
+    const uint8_t* mask;
+    const int32_t* offsets;
+    const float* scale;
+    int64_t rows;
+};
+
+// x: some tokens, [tokens][columns]; seen: the same as `arrange` leaves them. Nothing is read behind the last value.
+void row_times(const Weight& weight, int64_t row, int kind, int isa, const float* x, const float* seen, int64_t columns,
+               int64_t pitch, int tokens, float* sums) {
+    const int64_t size = size_of(kind);
+    if (weight.mask) {
+        const int64_t bytes = (columns + 7) / 8, begin = weight.offsets[row], end = weight.offsets[row + 1];
+        const char* from = (const char*)weight.values + begin * size;
+        std::vector<char> copy;
+        if (end + MARGIN > weight.offsets[weight.rows]) {
+            copy.resize((end - begin + MARGIN) * size);
+            std::memcpy(copy.data(), from, (end - begin) * size);
+            from = copy.data();
+        }
+        row_for<true>(kind, isa, tokens)(from, weight.mask + row * bytes, seen, pitch, bytes, tokens, sums);
+    } else {
+        const int64_t whole = columns / GROUP * GROUP;
+        const char* from = (const char*)weight.values + row * columns * size;
+        row_for<false>(kind, isa, tokens)(from, nullptr, seen, pitch, whole / 8, tokens, sums);
+        for (int t = 0; t < tokens; t++)
+            for (int64_t c = whole; c < columns; c++) sums[t] += value_at(from, c, kind) * x[t * columns + c];
+    }
+    if (weight.scale)
+        for (int t = 0; t < tokens; t++) sums[t] *= weight.scale[row];
+}
+
 }  // namespace
 
 extern "C" {
@@ -261,51 +306,40 @@ extern "C" {
 // with VBMI2.
 int llmsqueeze_isa() { return best_isa(); }
 
-// isa: not beyond llmsqueeze_isa(). bias: [rows] fp32 or null.
-void llmsqueeze_bitmask_linear(const void* values, const uint8_t* mask, const int32_t* offsets, const float* bias,
-                               const float* x, float* y, int64_t rows, int64_t columns, int64_t tokens, int kind,
-                               int isa, int threads) {
-    const int64_t bytes = (columns + 7) / 8, pitch = (columns + GROUP - 1) / GROUP * GROUP;
-    const int size = size_of(kind), together = isa == AVX512 ? MOST : MOST / 2;
+// y = x Wᵀ + bias + residual for several W of one input, as if they were one: their outputs one after another; with glu,
+// of two W, silu of what the first puts out times what the second does. norm: [columns], x is first divided by its root
+// mean square and multiplied by it; or null. bias: [outputs], residual: [tokens][outputs], fp32 or null, no bias or
+// residual with glu. All W of one kind; isa: not beyond llmsqueeze_isa().
+void llmsqueeze_linears(const Weight* weights, int64_t count, const float* norm, float epsilon, const float* bias,
+                        const float* residual, const float* x, float* y, int64_t columns, int64_t tokens, int kind,
+                        int glu, int isa, int threads) {
+    const int64_t pitch = (columns + GROUP - 1) / GROUP * GROUP;
+    const int together = isa == AVX512 ? MOST : MOST / 2;
+    const std::vector<float> normed = norm ? normalise(x, norm, epsilon, columns, tokens) : std::vector<float>();
+    if (norm) x = normed.data();
     const std::vector<float> seen = arrange(x, tokens, columns, pitch, kind == BF16 && isa != PORTABLE);
-    const int64_t all = offsets[rows], turn = rows_at_a_time(rows, threads);
+    int64_t rows = 0;
+    for (int64_t w = 0; w < (glu ? 1 : count); w++) rows += weights[w].rows;
+    const int64_t turn = rows_at_a_time(rows, threads);
     // In turns: some cores are slower, or have other work.
 #pragma omp parallel for num_threads(threads) schedule(dynamic, turn)
     for (int64_t row = 0; row < rows; row++) {
-        const int64_t begin = offsets[row], end = offsets[row + 1];
-        const char* from = (const char*)values + begin * size;
-        std::vector<char> copy;
-        if (end + MARGIN > all) {  // nothing is read behind the last value of all
-            copy.resize((end - begin + MARGIN) * size);
-            std::memcpy(copy.data(), from, (end - begin) * size);
-            from = copy.data();
-        }
+        int64_t in = row;
+        const Weight* weight = weights;
+        while (in >= weight->rows) in -= weight++->rows;
         for (int64_t first = 0; first < tokens; first += together) {
             const int some = (int)(tokens - first < together ? tokens - first : together);
-            float sums[MOST];
-            row_for<true>(kind, isa, some)(from, mask + row * bytes, seen.data() + first * pitch, pitch, bytes, some, sums);
-            for (int t = 0; t < some; t++) y[(first + t) * rows + row] = sums[t] + (bias ? bias[row] : 0);
-        }
-    }
-}
-
-// The same for weights that are all there: [rows][columns].
-void llmsqueeze_dense_linear(const void* weight, const float* bias, const float* x, float* y, int64_t rows,
-                             int64_t columns, int64_t tokens, int kind, int isa, int threads) {
-    const int64_t whole = columns / GROUP * GROUP, pitch = (columns + GROUP - 1) / GROUP * GROUP;
-    const int size = size_of(kind), together = isa == AVX512 ? MOST : MOST / 2;
-    const std::vector<float> seen = arrange(x, tokens, columns, pitch, kind == BF16 && isa != PORTABLE);
-#pragma omp parallel for num_threads(threads) schedule(dynamic, rows_at_a_time(rows, threads))
-    for (int64_t row = 0; row < rows; row++) {
-        const char* from = (const char*)weight + row * columns * size;
-        for (int64_t first = 0; first < tokens; first += together) {
-            const int some = (int)(tokens - first < together ? tokens - first : together);
-            float sums[MOST];
-            row_for<false>(kind, isa, some)(from, nullptr, seen.data() + first * pitch, pitch, whole / 8, some, sums);
+            const float* plain = x + first * columns;
+            const float* turned = seen.data() + first * pitch;
+            float sums[MOST], ups[MOST];
+            row_times(*weight, in, kind, isa, plain, turned, columns, pitch, some, sums);
+            if (glu) row_times(weights[1], in, kind, isa, plain, turned, columns, pitch, some, ups);
             for (int t = 0; t < some; t++) {
-                // Nothing is read behind the last weight.
-                for (int64_t c = whole; c < columns; c++) sums[t] += value_at(from, c, kind) * x[(first + t) * columns + c];
-                y[(first + t) * rows + row] = sums[t] + (bias ? bias[row] : 0);
+                float& to = y[(first + t) * rows + row];
+                if (glu)
+                    to = sums[t] / (1 + std::exp(-sums[t])) * ups[t];
+                else
+                    to = sums[t] + (bias ? bias[row] : 0) + (residual ? residual[(first + t) * rows + row] : 0);
             }
         }
     }

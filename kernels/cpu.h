@@ -55,6 +55,12 @@ inline float value_at(const void* values, int64_t index, int kind) {
 
 #if X86
 
+WITH_AVX2 inline float total(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+
 // For a byte of the mask: where each of eight places finds its value among those that follow, 0xff for none.
 struct Places {
     alignas(64) uint8_t halves[256][16];  // for values of 2 bytes
@@ -142,6 +148,11 @@ WITH_AVX2 inline const void* load32_avx2(const void* from, __m256 (&w)[4]) {
         return word + 32;
     }
     const __m128i* half = (const __m128i*)from;
+    if (KIND == INT8) {
+        for (int i = 0; i < 4; i++)
+            w[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)from + 8 * i))));
+        return half + 2;
+    }
     if (KIND == FP16) {
         w[0] = _mm256_cvtph_ps(_mm_loadu_si128(half));
         w[1] = _mm256_cvtph_ps(_mm_loadu_si128(half + 1));
@@ -164,6 +175,11 @@ WITH_AVX512 inline const void* load32_avx512(const void* from, __m512 (&w)[2]) {
         w[0] = _mm512_loadu_ps(from);
         w[1] = _mm512_loadu_ps((const float*)from + 16);
         return (const float*)from + 32;
+    }
+    if (KIND == INT8) {
+        w[0] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+        w[1] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from + 1)));
+        return (const char*)from + 32;
     }
     const uint16_t* half = (const uint16_t*)from;
     const __m512i found = _mm512_loadu_si512(half);

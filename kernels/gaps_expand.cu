@@ -10,16 +10,15 @@
 
 extern "C" __global__ void __launch_bounds__(256)
 gaps_expand(const uint4* __restrict__ stream, const u16* __restrict__ starts, const int* __restrict__ first,
-            const int* __restrict__ order, u16* __restrict__ y, int rows, int columns, int layout_warps,
-            int first_slice) {
+            const int* __restrict__ order, u16* __restrict__ y, int rows, int columns, int first_slice) {
     const int lane = threadIdx.x & 31, slice = first_slice + blockIdx.x;
-    const size_t before = (size_t)first[slice] * layout_warps;
-    const int blocks = (first[slice + 1] - first[slice]) * layout_warps;
+    const size_t before = first[slice];
+    const int turns = first[slice + 1] - first[slice];
     const int row = lane % ROWS, place = order ? order[slice * ROWS + row] : blockIdx.x * ROWS + row;
     u16* to = y + (size_t)max(place, 0) * columns;
-    for (int block = threadIdx.x >> 5; block < blocks; block += 8) {
-        const uint4* from = stream + (before + block) * QUADS * 32 + lane;
-        int at = starts[(before + block) * 32 + lane];
+    for (int turn = threadIdx.x >> 5; turn < turns; turn += 8) {
+        const uint4* from = stream + (before + turn) * QUADS * 32 + lane;
+        int at = starts[(before + turn) * 32 + lane];
         u32 words[QUADS * 4];
 #pragma unroll
         for (int i = 0; i < QUADS; i++) {

@@ -1,11 +1,11 @@
 // y = x Wᵀ + b for a gap stream (see gaps.cu) and up to 32 tokens, by tensor cores; or its dense rows.
 //
-// The rows of a slice are made dense a stretch of columns at a time, in a ring in shared memory. Warps take the
-// blocks of a slice in turns, so that all of them are about where the slowest row is; columns that every row
-// has passed are multiplied and made zero again.
+// The rows of a slice are made dense a stretch of columns at a time, in a ring in shared memory. Warps take one
+// turn after another, so that all of them are about where the slowest row is; columns that every row has passed
+// are multiplied and made zero again.
 //
-// stream, starts, first, order, x, y, bias, glu, bias_step: as in gaps.cu; layout_warps: that the stream is divided for. A block
-// of this kernel has as many warps as keep a round within the ring; slices of a launch count from `first_slice`.
+// stream, starts, first, order, x, y, bias, turns, glu, bias_step: as in gaps.cu. A block of this kernel has as many
+// warps as keep a round within the ring; slices of a launch count from `first_slice`.
 //
 // Macros: GAP bits a gap; PARTS lanes share a row; TILES of 8 tokens, or 0: y is [rows, columns], where rows go
 // as `order` says, or one after another; RING columns, a power of two; WARPS at most; BLOCKS that fit a multiprocessor.
@@ -22,7 +22,7 @@ typedef uint4 Rows;
 typedef uint2 Rows;
 #endif
 // Units of which a warp asks for x at once.
-#define AHEAD (TILES > 2 ? 1 : TILES == 2 ? 2 : PARTS == 2 && BLOCKS == 3 ? 1 : 3)
+#define AHEAD (TILES > 2 ? 1 : PARTS == 2 || RING > 1024 ? 2 : 3)
 
 #if HALF
 #define TYPE "f16"
@@ -65,23 +65,22 @@ __device__ __forceinline__ int least(int value) {
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 gaps_tensor(const uint4* __restrict__ stream, const u16* __restrict__ starts, const int* __restrict__ first,
             const int* __restrict__ order, const uint4* __restrict__ x, u16* __restrict__ y,
-            const u16* __restrict__ bias, int rows, int columns, int tokens, int layout_warps, int blocks,
-            int first_slice, int glu, int bias_step) {
+            const u16* __restrict__ bias, int rows, int columns, int tokens, int turns, int first_slice,
+            int glu, int bias_step) {
     extern __shared__ uint4 shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
     const int slice = first_slice + blockIdx.x;
-    size_t before = (size_t)slice * blocks;
+    size_t before = (size_t)slice * turns;
     if (first) {
         before = first[slice];
-        blocks = first[slice + 1] - first[slice];
+        turns = first[slice + 1] - first[slice];
     }
-    const int positions = blocks * layout_warps;
-    const uint4* from = stream + before * layout_warps * QUADS * 32 + lane;
-    const u16* start = starts + before * layout_warps * 32 + lane;
+    const uint4* from = stream + before * QUADS * 32 + lane;
+    const u16* start = starts + before * 32 + lane;
     uint4 now[QUADS];
 #pragma unroll
-    for (int i = 0; i < QUADS; i++) now[i] = load_weights(from + (warp * QUADS + i) * 32, warp < positions);
-    int at = warp < positions ? start[warp * 32] : 0;
+    for (int i = 0; i < QUADS; i++) now[i] = load_weights(from + (warp * QUADS + i) * 32, warp < turns);
+    int at = warp < turns ? start[warp * 32] : 0;
     let_next_start();
     for (int i = threadIdx.x; i < RING * 4; i += blockDim.x) shared[i] = make_uint4(0, 0, 0, 0);
 
@@ -187,14 +186,30 @@ gaps_tensor(const uint4* __restrict__ stream, const u16* __restrict__ starts, co
         }
     };
 #endif
+    int ahead = warps < turns ? start[warps * 32] : 0;  // where the lanes begin in the next round
     wait_for_input();
 
-    for (int begin = 0; begin < positions; begin += warps) {
-        // Where the next round begins.
+    for (int begin = 0; begin < turns; begin += warps) {
         const int next = begin + warps;
-        const int ahead = next < positions ? start[next * 32] : 0;
-        const int mine = next + warp < positions ? start[(next + warp) * 32] : 0;
-        const bool more = next + warp < positions;
+        stop[0] = ends[0];
+        if (PARTS == 2) stop[PARTS - 1] = last;
+        if (next < turns) {
+#if PARTS == 1
+            stop[0] = least(ahead) / 32;
+#else
+            stop[0] = min(ends[0], least(lane < 16 ? ahead : 0xffff) / 32);
+            stop[1] = least(lane < 16 ? 0xffff : ahead) / 32;
+#endif
+        }
+        ahead = next + warps < turns ? start[(next + warps) * 32] : 0;
+#if TILES
+        // What is first needed of x is asked for before anything is written, which takes about as long.
+        uint4 held[PARTS][AHEAD][TILES];
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) fetch(held[part], done[part] + warp, stop[part]);
+#endif
+        const int mine = next + warp < turns ? start[(next + warp) * 32] : 0;
+        const bool more = next + warp < turns;
         const uint4* upcoming = from + (next + warp) * QUADS * 32;
         uint4 old[QUADS];
 #pragma unroll
@@ -202,7 +217,7 @@ gaps_tensor(const uint4* __restrict__ stream, const u16* __restrict__ starts, co
 #pragma unroll
         for (int i = 0; i < QUADS; i++) now[i] = load_weights(upcoming + i * 32, more);
         __syncthreads();  // what was multiplied is zero again
-        if (begin + warp < positions) {
+        if (begin + warp < turns) {
             const u32 gaps[4] = {old[QUADS - 1].x, old[QUADS - 1].y, old[QUADS - 1].z, old[QUADS - 1].w};
             u32 column = (u32)at << 6;
 #pragma unroll
@@ -216,22 +231,6 @@ gaps_tensor(const uint4* __restrict__ stream, const u16* __restrict__ starts, co
             }
         }
         at = mine;
-        stop[0] = ends[0];
-        if (PARTS == 2) stop[PARTS - 1] = last;
-        if (next < positions) {
-#if PARTS == 1
-            stop[0] = least(ahead) / 32;
-#else
-            stop[0] = min(ends[0], least(lane < 16 ? ahead : 0xffff) / 32);
-            stop[1] = least(lane < 16 ? 0xffff : ahead) / 32;
-#endif
-        }
-#if TILES
-        // What is first needed of x is asked for while other warps still write.
-        uint4 held[PARTS][AHEAD][TILES];
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) fetch(held[part], done[part] + warp, stop[part]);
-#endif
         __syncthreads();
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {

@@ -21,6 +21,11 @@
 #define THREADS (WARPS * 32)
 #define FEW (TILES == 0)
 #define SUMS (FEW ? 1 : TILES)
+// With one tile every other product has a sum of its own: it need not wait for the one before.
+#define CHAINS (!MIXED && SUMS == 1 ? 2 : 1)
+
+// Words of x that a thread asks for at once.
+#define BATCH (MIXED ? 4 : 8)
 
 #if HALF
 #define TYPE "f16"
@@ -49,6 +54,24 @@ __device__ __forceinline__ uint4 load_operand(u32 address) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "r"(address));
     return v;
+}
+
+// Without branches, so that several loads are under way before one is used.
+__device__ __forceinline__ uint4 load_if(u32 address, bool wanted) {
+    uint4 v;
+    asm volatile(
+        "{.reg .pred p; setp.ne.u32 p, %5, 0;"
+        " mov.u32 %0, 0; mov.u32 %1, 0; mov.u32 %2, 0; mov.u32 %3, 0;"
+        " @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        : "=&r"(v.x), "=&r"(v.y), "=&r"(v.z), "=&r"(v.w)
+        : "r"(address), "r"((u32)wanted));
+    return v;
+}
+
+__device__ __forceinline__ void store_if(u32 address, u32 value, bool wanted) {
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %2, 0; @p st.shared.u32 [%0], %1;}" ::"r"(address), "r"(value),
+                 "r"((u32)wanted)
+                 : "memory");
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
@@ -93,9 +116,9 @@ sparse24(const uint4* __restrict__ stream, const u32* __restrict__ entries, cons
 #endif
     let_next_start();
 
-    float sum[SUMS][4];
+    float sum[SUMS * CHAINS][4];
 #pragma unroll
-    for (int n = 0; n < SUMS; n++)
+    for (int n = 0; n < SUMS * CHAINS; n++)
 #pragma unroll
         for (int i = 0; i < 4; i++) sum[n][i] = 0;
 
@@ -110,15 +133,22 @@ sparse24(const uint4* __restrict__ stream, const u32* __restrict__ entries, cons
 #if FEW
     // One stage, in the order of the B operand: [unit of 32 columns][token][quad] of 16 bytes.
     auto fetch = [&](int) {
-        for (int i = threadIdx.x; i < chunks * 32 * tokens; i += THREADS) {
-            const int token = tokens == 1 ? 0 : i / (chunks * 32), j = i - token * chunks * 32;
-            uint4 v = make_uint4(0, 0, 0, 0);
-            if (j * 8 < columns) v = x[((size_t)token * columns + j * 8) / 8];
-            u32* to = (u32*)shared + ((j >> 2) * tokens + token) * 16 + (j & 3);
-            to[0] = v.x;
-            to[4] = v.y;
-            to[8] = v.z;
-            to[12] = v.w;
+        for (int token = 0; token < tokens; token++) {
+            const u32* words = (const u32*)x + (size_t)token * (columns / 2);
+            const int all = chunks * 128, real = columns / 2;
+            for (int begin = threadIdx.x; begin < all; begin += BATCH * THREADS) {
+                u32 v[BATCH];
+                // Several are asked for before one is waited for. The columns that pad the last chunk are zeros.
+#pragma unroll
+                for (int j = 0; j < BATCH; j++)
+                    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v[j]) : "l"(words + min(begin + j * THREADS, real - 1)));
+#pragma unroll
+                for (int j = 0; j < BATCH; j++) {
+                    const int i = begin + j * THREADS;
+                    const u32 to = ((i >> 4) * tokens + token) * 64 + (i & 3) * 16 + (i & 12);
+                    store_if(base + to, i < real ? v[j] : 0, i < all);
+                }
+            }
         }
     };
 #else
@@ -156,8 +186,7 @@ sparse24(const uint4* __restrict__ stream, const u32* __restrict__ entries, cons
         // The operand of 32 columns for 8 tokens, from unit `unit` of this stage on.
         auto operand = [&](int n, int unit) {
 #if FEW
-            const uint4* units = shared + (size_t)unit * tokens * 4 + lane;
-            return lane < tokens * 4 ? *units : make_uint4(0, 0, 0, 0);
+            return load_if(base + (unit * tokens * 4 + lane) * 16, lane < tokens * 4);
 #else
             const int token = n * 8 + local;
             return load_operand(token < tokens ? held + (token * pitch + unit * 4 + quarter) * 16 : base);
@@ -210,16 +239,17 @@ sparse24(const uint4* __restrict__ stream, const u32* __restrict__ entries, cons
                 next[i] = load_weights(from + (size_t)ahead * 288 + i * 32, present && ahead < chunks);
             const u32 metadata[4] = {now[8].x, now[8].y, now[8].z, now[8].w};
 #if FEW
-            const uint4* units = shared + (size_t)chunk * 8 * tokens * 4 + lane;
+            const u32 units = base + (chunk * 32 * tokens + lane) * 16;
 #pragma unroll
-            for (int pair = 0; pair < 4; pair++) {
-                uint4 b0 = make_uint4(0, 0, 0, 0), b1 = b0;
-                if (lane < tokens * 4) {
-                    b0 = units[2 * pair * tokens * 4];
-                    b1 = units[(2 * pair + 1) * tokens * 4];
+            for (int half = 0; half < 8; half += 4) {
+                uint4 b[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) b[i] = load_if(units + (half + i) * tokens * 64, lane < tokens * 4);
+#pragma unroll
+                for (int i = 0; i < 4; i += 2) {
+                    MMA(sum[0], now[half + i], b[i], metadata[(half + i) / 2], 0x0);
+                    MMA(sum[1], now[half + i + 1], b[i + 1], metadata[(half + i) / 2], 0x1);
                 }
-                MMA(sum[0], now[2 * pair], b0, metadata[pair], 0x0);
-                MMA(sum[0], now[2 * pair + 1], b1, metadata[pair], 0x1);
             }
 #else
 #pragma unroll
@@ -231,8 +261,8 @@ sparse24(const uint4* __restrict__ stream, const u32* __restrict__ entries, cons
                 for (int pair = 0; pair < 4; pair++) {
                     const uint4 b0 = load_operand(real ? at + pair * 128 : base);
                     const uint4 b1 = load_operand(real ? at + pair * 128 + 64 : base);
-                    MMA(sum[n], now[2 * pair], b0, metadata[pair], 0x0);
-                    MMA(sum[n], now[2 * pair + 1], b1, metadata[pair], 0x1);
+                    MMA(sum[n * CHAINS], now[2 * pair], b0, metadata[pair], 0x0);
+                    MMA(sum[n * CHAINS + CHAINS - 1], now[2 * pair + 1], b1, metadata[pair], 0x1);
                 }
             }
 #endif
@@ -243,6 +273,10 @@ sparse24(const uint4* __restrict__ stream, const u32* __restrict__ entries, cons
         __syncthreads();
     }
 
+#if CHAINS == 2
+#pragma unroll
+    for (int i = 0; i < 4; i++) sum[0][i] += sum[1][i];
+#endif
     // Add up what the splits of a band found: [split][band][token][16 rows], over x, which is done with.
     const int group = lane >> 2, quad = lane & 3;
     float* parts = (float*)shared;

@@ -1,38 +1,46 @@
 """Post-training compression of language models: smaller files, measured quality.
 
 Importing this package teaches transformers to load llmsqueeze checkpoints with
-``AutoModelForCausalLM.from_pretrained``. It imports neither torch nor transformers itself.
+``AutoModelForCausalLM.from_pretrained``, and lm-eval the model name "llmsqueeze". It imports neither torch
+nor transformers itself.
 """
 
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 from llmsqueeze import _register
 from llmsqueeze._version import __version__
 from llmsqueeze.errors import EnvironmentFault, LlmsqueezeError
 
-__all__ = ["LlmsqueezeError", "__version__", "kv_cache", "use_kernels"]
+__all__ = ["LlmsqueezeError", "__version__", "kv_cache", "lm_eval_model", "use_kernels"]
 
 
 def kv_cache(model: Any, tokens: int | None = None) -> Any:
     """A new, empty KV cache for a loaded model, quantised as its checkpoint says: for `generate` and calls.
 
     A transformers Cache; what it holds lies packed. tokens: for so many of every sequence, at a fixed place
-    that a kernel reads without unpacking it, on a GPU in 16 bits; prompts then are of one length, come as one
-    piece and attend to their own keys and values as they are. Without: it grows, and is unpacked at every
-    step. RecipeError when the checkpoint has no such format (`llmsqueeze quantize-kv`), EnvironmentFault
-    where no kernel reads it.
+    that a kernel reads without unpacking it, on a CPU or on a GPU in 16 bits; prompts then are of one length,
+    come as one piece and attend to their own keys and values as they are. Without: it grows, and is unpacked
+    at every step. RecipeError when the checkpoint has no such format (`llmsqueeze quantize-kv`),
+    EnvironmentFault where no kernel reads it.
     """
     from llmsqueeze.runtime.kv_cache import attached_cache, attached_formats
 
     if tokens is None:
         return attached_cache(model)
+    from llmsqueeze.ops import cpu
     from llmsqueeze.runtime.generate import fixed_cache
 
     formats = attached_formats(model)
     weight = next(model.parameters())
-    if weight.device.type != "cuda" or weight.element_size() != 2:
+    fits = weight.device.type == "cuda" and weight.element_size() == 2
+    if not fits and not (weight.device.type == "cpu" and cpu.library() is not None):
         raise EnvironmentFault(
-            "a cache of so many tokens is read by a kernel, on CUDA in bfloat16 or float16; leave tokens out"
+            "a cache of so many tokens is read by a kernel: on CUDA in bfloat16 or float16, on a CPU where "
+            "there was a C++ compiler when llmsqueeze was installed; leave tokens out"
         )
     cache = fixed_cache(model, tokens, formats)
     if cache.is_compileable:
@@ -40,6 +48,21 @@ def kv_cache(model: Any, tokens: int | None = None) -> Any:
             "this model has layers of sliding attention, whose cache cannot lie in tiles; leave tokens out"
         )
     return cache
+
+
+def lm_eval_model(pretrained: str | Path, **options: Any) -> Any:
+    """A checkpoint directory as lm-eval's model (an HFLM), run as `llmsqueeze eval --tasks` runs it.
+
+    For lm_eval.simple_evaluate(model=…), which also takes model="llmsqueeze" with these arguments as its
+    model_args. options, as on the command line: dtype, device, bos, gate, kv_cache, backend; and
+    batch_size: requests to a pass, by default as many as are of one length, up to a number of tokens.
+    EnvironmentFault when lm-eval is not installed.
+    """
+    if importlib.util.find_spec("lm_eval") is None:
+        raise EnvironmentFault("this needs lm-eval: pip install 'llmsqueeze[eval]'")
+    from llmsqueeze.harness import open_model
+
+    return open_model(pretrained, **options)
 
 
 def use_kernels(model: Any) -> Any:

@@ -10,7 +10,6 @@ G.down    [rank, in], and for every member M of G, M.up [out, rank]: the low-ran
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -20,48 +19,13 @@ from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.numerics.histogram import CURVE_POINTS
+from llmsqueeze.policy import Policy
 from llmsqueeze.shards import SIDE_NAME, ShardRecord, StoredTensor
 from llmsqueeze.side_files import open_side_file, read_side_file
 
 KINDS = ("input", "output")
-
-
-@dataclass(frozen=True)
-class Policy:
-    """Which tokens of a pass over several are gated.
-
-    kind "dense": none. "all": all. "tail": the last `value` of them, a share. "after": all but the first
-    `value`. A pass over one token is decoding, and gated by every policy.
-    """
-
-    kind: str
-    value: float = 0.0
-
-    @classmethod
-    def parse(cls, text: str) -> Policy:
-        """dense, all, tail:SHARE or after:TOKENS; RecipeError on anything else."""
-        if text in ("dense", "all"):
-            return cls(text)
-        if match := re.fullmatch(r"tail:(0?\.\d+|0|1|1\.0+)", text):
-            return cls("tail", float(match[1]))
-        if match := re.fullmatch(r"after:(\d{1,6})", text):
-            return cls("after", int(match[1]))
-        raise RecipeError(
-            f"unknown policy {text!r}; use dense, all, tail:SHARE (tail:0.5) or after:TOKENS (after:4)"
-        )
-
-    def __str__(self) -> str:
-        return self.kind if self.kind in ("dense", "all") else f"{self.kind}:{self.value:g}"
-
-    def first_gated(self, length: int) -> int:
-        """The first gated position of a pass over `length` tokens; `length` if there is none."""
-        if length == 1 or self.kind == "all":
-            return 0
-        if self.kind == "dense":
-            return length
-        if self.kind == "tail":
-            return length - math.floor(self.value * length + 1e-9)
-        return min(length, int(self.value))
+# Gaps between the share of inputs that gates drop and the one they were calibrated for, worth a warning.
+MEAN_DRIFT, SITE_DRIFT = 0.01, 0.03
 
 
 @dataclass(frozen=True)
@@ -160,3 +124,32 @@ def thresholds(threshold: float, scale: Tensor) -> Tensor:
 def to_raw(record: ActivationRecord) -> dict[str, Any]:
     """Plain JSON types."""
     return asdict(record)
+
+
+def drifts(measured: dict[str, Any]) -> list[str]:
+    """What is worth a warning where gates dropped another share of a text than they were calibrated for.
+
+    measured: the section `activation` of what eval reports.
+    """
+    gaps = {
+        name: gate["measured"] - gate["target"]
+        for name, gate in measured["gates"].items()
+        if gate["measured"] is not None
+    }
+    if not gaps:
+        return []
+    mean = sum(gaps.values()) / len(gaps)
+    far = {name: gap for name, gap in gaps.items() if abs(gap) > SITE_DRIFT}
+    messages = []
+    if abs(mean) > MEAN_DRIFT:
+        messages.append(
+            f"on this text the gates drop {mean:+.1%} against their calibration on average; "
+            "calibrate on text like it (sparsify --calib)"
+        )
+    if far:
+        worst = max(far, key=lambda name: abs(far[name]))
+        messages.append(
+            f"{len(far)} of {len(gaps)} gates are off by more than {SITE_DRIFT:.0%}, most "
+            f"{worst}: {far[worst]:+.1%}"
+        )
+    return messages

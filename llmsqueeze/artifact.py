@@ -29,7 +29,7 @@ from llmsqueeze.activation import ActivationRecord, GateRecord, side_tensors
 from llmsqueeze.encodings import ENCODINGS, smallest
 from llmsqueeze.errors import CheckpointError, RecipeError, ResourceError
 from llmsqueeze.kv_record import KvRecord, kv_tensors
-from llmsqueeze.numerics.packing import INT_OF_SIZE, check_bitmask
+from llmsqueeze.numerics.packing import INT_OF_SIZE
 from llmsqueeze.shards import (
     KV_NAME,
     SIDE_NAME,
@@ -205,13 +205,14 @@ def decode(site: str, record: SiteRecord, parts: dict[str, Tensor]) -> Tensor:
 
 
 def check_parts(site: str, record: SiteRecord, parts: dict[str, Tensor]) -> None:
-    """CheckpointError if the parts of a bitmask do not belong together, or to such a weight."""
+    """CheckpointError if the parts of an encoding do not belong together, or to such a weight."""
+    encoding = ENCODINGS[record.encoding]
     try:
-        check_bitmask(**parts, columns=record.shape[1])
+        encoding.check(parts, record.shape[1])
     except ValueError as error:
         raise CheckpointError(f"{site}: damaged {record.encoding} encoding ({error})") from error
-    if len(parts["mask"]) != record.shape[0]:
-        raise CheckpointError(f"{site}: has {len(parts['mask'])} rows, not {record.shape[0]}")
+    if (rows := len(parts[encoding.long])) != record.shape[0]:
+        raise CheckpointError(f"{site}: has {rows} rows, not {record.shape[0]}")
 
 
 class ArtifactWriter:
@@ -340,12 +341,10 @@ class ArtifactWriter:
             config["quantization_config"] = {
                 "quant_method": "llmsqueeze",
                 "format_version": FORMAT_VERSION,
-                "manifest_sha256": hashlib.sha256(text.encode("utf-8")).hexdigest(),
+                "manifest_sha256": _sha256(text),
             }
         # config.json last: without it a directory is not a checkpoint to anyone.
-        (self.directory / "config.json").write_text(
-            json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        (self.directory / "config.json").write_text(_config_text(config), encoding="utf-8")
         if os.path.lexists(self._out) and not self._overwrite:
             raise ResourceError(
                 f"{self._out} was made by something else in the meantime; move it and run the same command "
@@ -357,6 +356,18 @@ class ArtifactWriter:
     def _side_bytes(self) -> int:
         records = [r.file for r in (self._activation, self._kv_cache) if r]
         return sum(file.bytes for file in records if file)
+
+
+def add_to_last_step(directory: Path, key: str, value: Any) -> None:
+    """Record something more of how a finished checkpoint was made."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    manifest = read_manifest(directory, config)
+    assert manifest is not None
+    *before, last = manifest.steps
+    text = replace(manifest, steps=[*before, {**last, key: value}]).to_json()
+    config["quantization_config"]["manifest_sha256"] = _sha256(text)
+    (directory / MANIFEST_NAME).write_text(text, encoding="utf-8")
+    (directory / "config.json").write_text(_config_text(config), encoding="utf-8")
 
 
 def publish_directory(finished: Path, out: Path) -> None:
@@ -381,14 +392,27 @@ def publish_directory(finished: Path, out: Path) -> None:
     shutil.rmtree(aside)
 
 
-def check_output(out: Path, overwrite: bool) -> None:
-    """RecipeError unless `out` is free, or a checkpoint that may be replaced."""
+def check_output(
+    out: Path, overwrite: bool, *, mark: str = "config.json", kind: str = "checkpoint"
+) -> None:
+    """RecipeError unless `out` is free, or a checkpoint that may be replaced.
+
+    mark, kind: the file that every such directory has, and what it is called.
+    """
     if not os.path.lexists(out):
         return
     if not overwrite:
         raise RecipeError(f"{out} exists already; choose another -o, or pass --overwrite")
-    if out.is_symlink() or not out.is_dir() or not (out / "config.json").is_file():
-        raise RecipeError(f"{out} is not a checkpoint directory; --overwrite will not replace it")
+    if out.is_symlink() or not out.is_dir() or not (out / mark).is_file():
+        raise RecipeError(f"{out} is not a {kind} directory; --overwrite will not replace it")
+
+
+def _config_text(config: dict[str, Any]) -> str:
+    return json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def assets(source: Path) -> Iterator[Path]:

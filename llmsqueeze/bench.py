@@ -166,14 +166,14 @@ def kernel_rows(rows: int, columns: int, tokens: int, seed: int = 0) -> Iterator
         pruned = torch.zeros_like(weight).scatter_(1, kept, weight.gather(1, kept))
         reference = x.double() @ pruned.double().t()
         packed = gaps.pack_best(pruned)
-        stream, starts = packed.stream, packed.starts.view(torch.int16)
+        stream, starts, order = packed.stream, packed.starts.view(torch.int16), packed.moved()
         # One token's lanes read where their first block begins, and no more of the starts.
         read = stream.nbytes / (stream.nbytes + starts.nbytes) if tokens == 1 else 1.0
         yield compare(
             weight, x, dense, f"unstructured {sparsity:.0%}",
             (stream, starts),
-            lambda x, s, b, p=packed: torch.ops.llmsqueeze.gap_linear(
-                x, s, b.view(torch.uint16), p.first, None, None, rows, *p.arguments()
+            lambda x, s, b, p=packed, o=order: torch.ops.llmsqueeze.gap_linear(
+                x, s, b.view(torch.uint16), p.first, o, None, rows, *p.arguments()
             ),
             reference, read,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""`llmsqueeze bench`: kernels, and whole models, against dense on this GPU."""
+"""`llmsqueeze bench`: kernels on this GPU, and whole models on it or on a CPU, against dense."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from llmsqueeze.command import (
 )
 from llmsqueeze.conditions import Condition
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.report.schema import BENCH_KERNELS, BENCH_MODEL
 
 if TYPE_CHECKING:
     from llmsqueeze.bench_model import Comparison, Speed
@@ -29,7 +30,7 @@ DEFAULT_SHAPES = "4096x4096,14336x4096,28672x4096,4096x14336"
 
 @click.group()
 def bench() -> None:
-    """Measure how fast compressed weights are on this GPU, beside dense ones and the byte bound."""
+    """Measure how fast compressed weights are here, beside dense ones and the byte bound."""
 
 
 @bench.command(
@@ -76,7 +77,10 @@ def kernels(console: Console, shapes: str, tokens: str) -> None:
             f"{row.gigabytes():.0f}", f"{row.bound:.2f}", f"{row.speedup:.2f}",
             f"{row.speedup / row.bound:.0%}",
         )  # fmt: skip
-    document = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "rows": found}
+    document = {
+        "schema": BENCH_KERNELS, "gpu": torch.cuda.get_device_name(), "torch": torch.__version__,
+        "rows": found,
+    }  # fmt: skip
     console.result(document, table)
 
 
@@ -85,16 +89,21 @@ def kernels(console: Console, shapes: str, tokens: str) -> None:
 
 {CHECKPOINT_HELP}
 
-Greedy, batch 1, a cache of fixed size, every step one CUDA graph. Both are compiled by torch.compile, which
-takes a minute each; --no-compile leaves it out. Every operator's result is compared with its reference
-first. With a quantised KV cache (quantize-kv) attention reads it as it lies; that takes --no-compile.
+Greedy, batch 1, a cache of fixed size, on a GPU every step one CUDA graph. There both are compiled by
+torch.compile, which takes a minute each; --no-compile leaves it out. Every operator's result is compared with
+its reference first. With a quantised KV cache (quantize-kv) attention reads it as it lies.
+
+On a CPU each model has a process of its own, whose memory is told, and they take turns; dense is the faster
+of bfloat16 and float32.
 """
 )
 @click.argument("checkpoint")
 @click.option("--prompt", type=int, default=128, show_default=True, help="Tokens of the prompt.")
-@click.option("--compile/--no-compile", "compiled", default=True, show_default=True)
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16"]), default="bfloat16",
-              show_default=True)  # fmt: skip
+@click.option(
+    "--compile/--no-compile", "compiled", default=None, help="[default: compile on a GPU]"
+)
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
+              help="[default: bfloat16 on a GPU, on a CPU float32 for what is compressed]")  # fmt: skip
 @condition_options
 @click.option("--min-speedup", type=float, metavar="TIMES",
               help="End with exit code 1 if decoding is not so many times as fast.")  # fmt: skip
@@ -102,7 +111,7 @@ first. With a quantised KV cache (quantize-kv) attention reads it as it lies; th
 @checkpoint_options
 @common
 def model(
-    console: Console, checkpoint: str, prompt: int, compiled: bool, dtype: str,
+    console: Console, checkpoint: str, prompt: int, compiled: bool | None, dtype: str | None,
     fail_if: tuple[str, ...], min_speedup: float | None, device: str, offline: bool, cache_dir: Path,
 ) -> None:  # fmt: skip
     if prompt < 16:
@@ -113,23 +122,38 @@ def model(
 
     import torch
 
-    from llmsqueeze import bench_model
+    from llmsqueeze import bench_cpu, bench_model
     from llmsqueeze.data import evaluation_windows, load_tokenizer
     from llmsqueeze.device import choose_device
 
     where = choose_device(device)
+    gpu = where.type == "cuda"
+    if not gpu and compiled:
+        raise RecipeError("--compile is for GPUs; leave it out on a CPU")
+    if gpu and dtype == "float32":
+        raise RecipeError("on a GPU kernels compute in bfloat16 or float16; use --dtype bfloat16")
+    compiled = gpu and compiled is not False
+    dtype = dtype or ("bfloat16" if gpu else "float32")
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
-    if compiled and opened.kv_cache:
-        raise RecipeError(
-            f"{name} quantises its KV cache, which torch.compile does not go together with; use --no-compile"
-        )
     tokenizer = load_tokenizer(opened.path)
     tokens = evaluation_windows(None, tokenizer, seqlen=prompt, windows=1, bos=False).tokens[0]
-    found = bench_model.compare(
-        opened, tokens, getattr(torch, dtype), where, compiled=compiled, note=console.note
-    )
+    precision = getattr(torch, dtype)
+    device_facts: dict[str, Any]
+    if gpu:
+        found = bench_model.compare(
+            opened, tokens, precision, where, compiled=compiled, note=console.note
+        )
+        device_facts = {"gpu": torch.cuda.get_device_name(where)}
+    else:
+        found = bench_cpu.compare(opened, tokens, precision, note=console.note)
+        device_facts = {
+            "cpu": bench_cpu.processor(), "threads": torch.get_num_threads(),
+            "dense_dtype": str(found.dense_dtype).removeprefix("torch."),
+            "slower_dense": found.slower_dense and _speed(found.slower_dense),
+        }  # fmt: skip
     document = {
-        "checkpoint": name, "gpu": torch.cuda.get_device_name(where), "torch": torch.__version__,
+        "schema": BENCH_MODEL, "checkpoint": name, "manifest_sha256": opened.manifest_sha256,
+        **device_facts, "torch": torch.__version__,
         "dtype": dtype, "prompt": prompt, "compiled": compiled, "formats": found.formats,
         "dense": _speed(found.dense), "compressed": _speed(found.compressed),
         "speedup": found.speedup, "bound": found.bound, "error": found.error,
@@ -143,6 +167,8 @@ def _speed(speed: Speed) -> dict[str, Any]:
         "ms_per_token": speed.step.median, "range": [speed.step.least, speed.step.most],
         "prefill_ms": speed.prefill.median, "weight_bytes": speed.weights,
         "bytes_per_token": speed.read, "cache_bytes": speed.cache, "load_seconds": speed.load_seconds,
+        **({} if speed.resident is None else {"resident_bytes": speed.resident,
+                                              "peak_resident_bytes": speed.peak}),
     }  # fmt: skip
 
 
@@ -151,14 +177,24 @@ def _rows(found: Comparison) -> dict[str, str]:
 
     dense, mine = found.dense, found.compressed
     linears = ", ".join(f"{count} {format}" for format, count in found.formats.items())
+    memory = {}
+    if mine.resident is not None and dense.resident is not None:
+        slow = found.slower_dense
+        memory = {
+            "memory of the process": f"{size(mine.resident)}, dense {size(dense.resident)}",
+            "at most": f"{size(mine.peak or 0)}, dense {size(dense.peak or 0)}",
+            "dense": f"{str(found.dense_dtype).removeprefix('torch.')}, otherwise "
+            f"{1e3 / slow.step.median:.1f} tokens/s" if slow else "",
+        }  # fmt: skip
     return {
         "linears in kernels": linears or "none: too few zeros",
         "decoding": f"{1e3 / mine.step.median:.1f} tokens/s, dense {1e3 / dense.step.median:.1f}",
         "speedup": f"{found.speedup:.2f}× (bound by bytes: {found.bound:.2f}×)",
         "prompt": f"{mine.prefill.median:.1f} ms, dense {dense.prefill.median:.1f}",
-        "weights on the GPU": f"{size(mine.weights)}, dense {size(dense.weights)}",
+        "weights": f"{size(mine.weights)}, dense {size(dense.weights)}",
         "read per token": f"{size(mine.read)}, dense {size(dense.read)}",
         "of it KV cache": f"{size(mine.cache)}, dense {size(dense.cache)}",
+        **memory,
         "loading": f"{mine.load_seconds:.1f} s, dense {dense.load_seconds:.1f}",
         "check": f"operators off by {found.error:.1e} at most, logits by {found.logit_error:.1%} from dense "
         f"in the same dtype; first {found.same_tokens} of {found.tokens} greedy tokens the same",

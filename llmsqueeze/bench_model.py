@@ -1,4 +1,4 @@
-"""How fast a whole model decodes, compressed and dense, in one harness."""
+"""How fast a whole model decodes on a GPU, compressed and dense, in one harness. On a CPU: see bench_cpu."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from llmsqueeze.bench import Timing, relative_error
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.evaluate import cache_options
-from llmsqueeze.runtime import attention, load
+from llmsqueeze.runtime import attention, layers, load
 from llmsqueeze.runtime.gates import gating_of, remove
 from llmsqueeze.runtime.generate import Decoder
 from llmsqueeze.runtime.kv_cache import LayerFormat
@@ -37,7 +38,8 @@ TOLERANCE = 1e-2
 @dataclass(frozen=True)
 class Speed:
     """Of one model. step: milliseconds a token; prefill: of a whole prompt; weights: bytes on the device;
-    read: of them and of the KV cache, by one decoded token behind the prompt; cache: of the latter alone."""
+    read: of them and of the KV cache, by one decoded token behind the prompt; cache: of the latter alone;
+    resident, peak: on a CPU, bytes of memory that its process holds, and held at most."""
 
     step: Timing
     prefill: Timing
@@ -45,13 +47,16 @@ class Speed:
     read: int
     cache: int
     load_seconds: float
+    resident: int | None = None
+    peak: int | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
     """A compressed model beside the same weights made dense. error: the largest of an operator, on what it
     met while decoding; logit_error: against the dense model with the same gates, in the same dtype;
-    same_tokens: how many of the first greedy tokens agree."""
+    same_tokens: how many of the first greedy tokens agree. dense_dtype, slower_dense: on a CPU, what the
+    dense model was fastest in, and how fast it was otherwise."""
 
     dense: Speed
     compressed: Speed
@@ -60,6 +65,8 @@ class Comparison:
     same_tokens: int
     tokens: int
     formats: dict[str, int]
+    dense_dtype: torch.dtype | None = None
+    slower_dense: Speed | None = None
 
     @property
     def speedup(self) -> float:
@@ -81,16 +88,12 @@ def compare(
     note: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Greedy decoding behind a prompt [tokens]; batch 1. EnvironmentFault if the compressed one is wrong."""
-    if device.type != "cuda":
-        raise EnvironmentFault(
-            "bench model needs a CUDA GPU; on a CPU `run` says how many tokens it decodes a second"
-        )
     length = len(prompt) + STEPS * (REPEATS + 1) + 1
     note("dense")
     began = time.perf_counter()
     model = load(checkpoint, dtype, device)
     seconds = time.perf_counter() - began
-    expected = _logits(model, prompt)
+    expected = last_logits(model, prompt)
     gated = gating_of(model) is not None
     if gated:
         remove(model)
@@ -102,19 +105,28 @@ def compare(
     model = load(checkpoint, dtype, device)
     report = use_kernels(model)
     seconds = time.perf_counter() - began
-    logit_error = relative_error(_logits(model, prompt), expected)
+    logit_error = relative_error(last_logits(model, prompt), expected)
     attention.accept(model)
     error, operator = operator_error(model, prompt)
     if not error <= TOLERANCE:
         raise EnvironmentFault(f"{operator}: wrong result on this GPU (relative error {error:.2g})")
     formats = getattr(model, "llmsqueeze_kv_formats", None)
     compressed, others = _speed(model, prompt, length, seconds, compiled, formats)
-    same = next(
-        (i for i, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), len(tokens)
-    )
+    same = agreement(tokens, others)
     return Comparison(
         dense, compressed, error, logit_error, same, len(tokens), dict(report.formats)
     )
+
+
+def agreement(one: list[int], other: list[int]) -> int:
+    """How many of the first tokens are the same."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
+
+
+def formats_of(model: nn.Module) -> dict[str, int]:
+    """Format → how many modules hold weights in it."""
+    found = [m for m in model.modules() if isinstance(m, (PackedLinear, GatedProduct))]
+    return dict(Counter(module.format for module in found))
 
 
 def read_bytes(model: nn.Module) -> int:
@@ -159,7 +171,7 @@ class _Checking(TorchDispatchMode):  # type: ignore[misc]
         y = func(*args, **(kwargs or {}))
         if func.namespace == "llmsqueeze":
             name = func.overloadpacket.__name__
-            shapes = (name, *(str(a.shape if isinstance(a, Tensor) else a) for a in args))
+            shapes = (name, *map(_shape, args))
             if shapes not in self._seen:
                 self._seen.add(shapes)
                 error = relative_error(y, getattr(ops, name)(*args))
@@ -168,13 +180,19 @@ class _Checking(TorchDispatchMode):  # type: ignore[misc]
         return y
 
 
+def _shape(argument: Any) -> str:
+    if isinstance(argument, (list, tuple)):
+        return str([_shape(each) for each in argument])
+    return str(argument.shape if isinstance(argument, Tensor) else argument)
+
+
 @torch.no_grad()
 def operator_error(model: nn.Module, prompt: Tensor) -> tuple[float, str]:
     """The largest relative error of an operator's result while one token is decoded, and whose it is."""
     cache = DynamicCache(config=model.config)
     ids = prompt[None].to(next(model.parameters()).device)
     model(ids[:, :-1], **cache_options(model, cache))
-    with _Checking() as checking:
+    with _Checking() as checking, layers.through_operators():
         model(ids[:, -1:], **cache_options(model, cache))
     if not checking.errors:
         return 0.0, "no operator"
@@ -184,7 +202,7 @@ def operator_error(model: nn.Module, prompt: Tensor) -> tuple[float, str]:
 
 
 @torch.no_grad()
-def _logits(model: nn.Module, prompt: Tensor) -> Tensor:
+def last_logits(model: nn.Module, prompt: Tensor) -> Tensor:
     """[8, vocabulary] of the last tokens of a prompt, read one by one, as decoding does."""
     cache = DynamicCache(config=model.config)
     ids = prompt[None].to(next(model.parameters()).device)

@@ -24,7 +24,14 @@ from transformers.initialization import no_init_weights
 
 from llmsqueeze.activation import ActivationRecord, read_side_tensors, side_tensors
 from llmsqueeze.architectures import family_of
-from llmsqueeze.artifact import Manifest, SiteRecord, check_parts, decode, read_manifest
+from llmsqueeze.artifact import (
+    MANIFEST_NAME,
+    Manifest,
+    SiteRecord,
+    check_parts,
+    decode,
+    read_manifest,
+)
 from llmsqueeze.encodings import ENCODINGS
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.kv_record import KvRecord, kv_tensors, read_kv_tensors
@@ -33,6 +40,7 @@ from llmsqueeze.shards import (
     KV_NAME,
     SIDE_NAME,
     StoredTensor,
+    hash_file,
     list_shards,
     load,
     read_headers,
@@ -216,6 +224,11 @@ class Checkpoint:
         """The name to write a parameter under: the one it was found under, if transformers knows it."""
         source = self.sources[parameter]
         return source.name if isinstance(source, StoredTensor) else parameter
+
+    @property
+    def manifest_sha256(self) -> str | None:
+        """What names a checkpoint of ours whatever its directory is called; None for a plain one."""
+        return hash_file(self.path / MANIFEST_NAME) if self.manifest else None
 
     @property
     def identity(self) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ from llmsqueeze.command import (
     open_checkpoint,
     site_documents,
 )
+from llmsqueeze.completion_command import PROGRAM, completion
 from llmsqueeze.compress_command import compress
 from llmsqueeze.doctor_command import doctor
 from llmsqueeze.encode_recipe import ENCODES, EncodeRecipe
@@ -33,6 +35,9 @@ from llmsqueeze.interrupt import end
 from llmsqueeze.plan_command import plan
 from llmsqueeze.prune_command import prune
 from llmsqueeze.quantize_kv_command import quantize_kv
+from llmsqueeze.recipe_command import recipe
+from llmsqueeze.recipe_keys import suggest
+from llmsqueeze.report_command import report
 from llmsqueeze.run_command import run
 from llmsqueeze.sparsify_command import sparsify
 
@@ -46,10 +51,10 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, end)
     json_wanted = "--json" in sys.argv or os.environ.get("LLMSQUEEZE_JSON", "0") not in ("", "0")
     try:
-        cli.main(standalone_mode=False)
+        cli.main(prog_name=PROGRAM, standalone_mode=False)
         code = 0
     except click.ClickException as error:
-        make_console(json=json_wanted).error(error.format_message(), 2)
+        make_console(json=json_wanted).error(error.format_message() + _meant(error), 2)
         code = 2
     except click.exceptions.Exit as done:
         code = done.exit_code
@@ -64,8 +69,9 @@ def cli() -> None:
     """Make language models smaller, and measure what it cost.
 
     prune a checkpoint, sparsify its activations, quantize-kv its cache, or compress it by a recipe for all
-    three; eval what it lost, run it, bench how fast it is, inspect what is inside, convert between forms;
-    plan says what fits a GPU, doctor looks at this machine.
+    three; eval what it lost, run it, bench how fast it is, report all that, inspect what is inside, convert
+    between forms; plan says what fits a GPU and what a recipe will do, recipe shows and checks one, doctor
+    looks at this machine, completion teaches the shell all this.
     """
 
 
@@ -73,11 +79,14 @@ cli.add_command(prune)
 cli.add_command(sparsify)
 cli.add_command(quantize_kv)
 cli.add_command(compress)
+cli.add_command(recipe)
 cli.add_command(evaluate)
 cli.add_command(run)
 cli.add_command(bench)
+cli.add_command(report)
 cli.add_command(doctor)
 cli.add_command(plan)
+cli.add_command(completion)
 
 
 @cli.command(
@@ -95,6 +104,7 @@ def inspect(
     from llmsqueeze import artifact
     from llmsqueeze.console import facts, size
     from llmsqueeze.errors import CheckpointError
+    from llmsqueeze.report.text import step_line
 
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     manifest = opened.manifest
@@ -126,7 +136,7 @@ def inspect(
         document |= {"sites": site_documents(manifest), "steps": manifest.steps}
         rows["size"] = f"{size(manifest.bytes_before)} → {size(manifest.bytes_after)}"
         for step in manifest.steps:
-            rows[step["command"]] = _step(step)
+            rows[step["command"]] = step_line(step)
         if manifest.activation:
             document["activation"] = activation_document(manifest.activation)
             rows["gates"] = _gates(manifest.activation)
@@ -217,19 +227,13 @@ def convert(
     console.result(document, facts(str(out), rows))
 
 
-def _step(step: dict[str, Any]) -> str:
-    """One line on how a checkpoint was made."""
-    recipe, source = step["recipe"], step["source"]["name"]
-    if step["command"] == "prune":
-        return (
-            f"{recipe['method']} {recipe['target']['pattern']}, {step['sparsity']:.2%} of {source}"
-        )
-    if step["command"] == "quantize-kv":
-        return f"{recipe['method']}, {recipe['bits']} bits, {source}"
-    if step["command"] == "encode":
-        return f"linears to {recipe['to']}, {source}"
-    method = recipe["method"] or "other thresholds,"
-    return f"{method} {recipe['sparsity']:.0%} of the inputs, prompt {recipe['prefill']}, {source}"
+def _meant(error: click.ClickException) -> str:
+    """The choice that a wrong one looks like; click itself says so of commands and options only."""
+    kind = getattr(getattr(error, "param", None), "type", None)
+    given = re.match(r"'(.*?)' is not one of", error.message)
+    if not isinstance(kind, click.Choice) or not given:
+        return ""
+    return suggest(given[1], [str(choice) for choice in kind.choices])
 
 
 def _gates(record: ActivationRecord) -> str:

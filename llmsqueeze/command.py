@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from llmsqueeze.activation import ActivationRecord
     from llmsqueeze.checkpoint import Checkpoint
-    from llmsqueeze.conditions import Condition
+    from llmsqueeze.conditions import Condition, Outcome
     from llmsqueeze.console import Console
     from llmsqueeze.kv_record import KvRecord
     from llmsqueeze.work import Work
@@ -47,6 +47,15 @@ def make_console(
 
 def common(body: Callable[..., None]) -> Callable[..., None]:
     """Options that every command takes, and the one place where failures become exit codes."""
+    return _command(body, _libraries)
+
+
+def light(body: Callable[..., None]) -> Callable[..., None]:
+    """The same for commands that load no model, nor the libraries for it."""
+    return _command(body, lambda verbose: None)
+
+
+def _command(body: Callable[..., None], prepare: Callable[[bool], None]) -> Callable[..., None]:
 
     @click.option("--json", "as_json", is_flag=True, envvar="LLMSQUEEZE_JSON",
                   help="One JSON document on stdout, nothing else there.")  # fmt: skip
@@ -62,7 +71,7 @@ def common(body: Callable[..., None]) -> Callable[..., None]:
     ) -> None:
         console = make_console(json=as_json, quiet=quiet, verbose=verbose, progress=not no_progress)
         try:
-            _libraries(verbose)
+            prepare(verbose)
             body(console=console, **options)
         except LlmsqueezeError as error:
             _fail(console, str(error), error.exit_code)
@@ -131,13 +140,25 @@ def conclude(
 ) -> None:  # fmt: skip
     """Print the result, judged; exit code 1 if a condition to fail holds."""
     from llmsqueeze.conditions import judge
-    from llmsqueeze.console import facts
 
     outcomes = judge(document, conditions)
     if outcomes:
         document = {**document, "conditions": [outcome.describe() for outcome in outcomes]}
-        for outcome in outcomes:
-            rows[f"fail if {outcome.condition}"] = "FAILED" if outcome.failed else "passed"
+    settle(console, document, title, rows, outcomes)
+
+
+def settle(
+    console: Console, document: dict[str, Any], title: str, rows: dict[str, str],
+    outcomes: Sequence[Outcome],
+) -> None:  # fmt: skip
+    """Print a result that was judged already; exit code 1 if a condition to fail holds."""
+    from llmsqueeze.console import facts
+
+    for outcome in outcomes:
+        # A report judges one condition on several results: it passes if it does on all.
+        name = f"fail if {outcome.condition}"
+        failed = outcome.failed or rows.get(name) == "FAILED"
+        rows[name] = "FAILED" if failed else "passed"
     console.result(document, facts(title, rows))
     for outcome in outcomes:
         if outcome.failed:
@@ -164,13 +185,18 @@ def config_options(
             switch = isinstance(field.default, bool)
             body = click.option(
                 f"{flag}/--no-{flag[2:]}" if switch else flag,
-                type=None if switch else type(field.default),
+                type=None if switch else _kind(field),
                 default=None,
                 help=f"[{choice}] {field.metadata['help']}  [default: {field.default}]",
             )(body)
         return body
 
     return add
+
+
+def _kind(field: Any) -> Any:
+    choices = field.metadata.get("choices")
+    return click.Choice(choices) if choices else type(field.default)
 
 
 def calibration_options(

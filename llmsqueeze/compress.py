@@ -444,6 +444,15 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def rss_bytes() -> int:
+    """Resident memory of this process now; where the system does not say, the highest so far."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_rss_bytes()
+    return pages * resource.getpagesize()
+
+
 def peak_device_bytes(device: torch.device) -> int | None:
     """Highest memory allocated by tensors on an accelerator; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -21,6 +21,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from llmsqueeze.units import size as size
+
 
 class Console:
     """json: the result is one JSON document. quiet: no notes or progress. progress: bars allowed."""
@@ -46,12 +48,20 @@ class Console:
         """One line about what went wrong; with --json also the document that stdout owes."""
         line = " ".join(message.split())
         self._err.print(f"[bold red]error:[/bold red] {_escape(line)}")
+        self._annotate(line)
         if self.json:
             print(json.dumps({"error": line, "exit_code": exit_code}))
 
     def failed(self, message: str) -> None:
         """One line about a condition that a result does not meet; the result itself is out already."""
         self._err.print(f"[bold red]failed:[/bold red] {_escape(message)}")
+        self._annotate(message)
+
+    def _annotate(self, message: str) -> None:
+        """The same for GitHub Actions, which shows such a line beside the job."""
+        if os.environ.get("GITHUB_ACTIONS") == "true":
+            data = message.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+            print(f"::error title=llmsqueeze::{data}", file=sys.stderr)
 
     def result(self, document: dict[str, Any], *tables: Table) -> None:
         """The outcome: one JSON document, or tables for people."""
@@ -111,16 +121,6 @@ def facts(title: str, rows: dict[str, str]) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
-
-
-def size(count: int) -> str:
-    """Bytes for people, decimal units."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.2f} TB"
 
 
 def _escape(text: str) -> str:

@@ -15,8 +15,12 @@ from torch import Tensor
 from llmsqueeze import ops
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import gaps, int8, masks, mixed24, outputs24, panels, sparse24
+from llmsqueeze.numerics.kv_codecs import Rotated
+from llmsqueeze.numerics.kv_constants import books
+from llmsqueeze.numerics.kv_tiles import TileFormat
 from llmsqueeze.numerics.packing import pack_bitmask
 from llmsqueeze.ops import cpu, cuda
+from llmsqueeze.ops.packed_append import encoding_books
 
 PACKAGES = (
     "torch",
@@ -103,7 +107,8 @@ def self_test(device: torch.device) -> list[Check]:
     """Every operator on small random weights, against fp64."""
     generator = torch.Generator().manual_seed(0)
     checks = []
-    for name, call, expect, counts in (*_linears(device, generator), _attention(device, generator)):
+    attention = _attention(device, generator), _tiles(device, generator)
+    for name, call, expect, counts in (*_linears(device, generator), *attention):
         began = time.perf_counter()
         worst = 0.0
         for tokens in counts:
@@ -178,7 +183,45 @@ def _attention(device: torch.device, generator: torch.Generator) -> Case:
 
     def expect(x: Tensor) -> Tensor:
         q = x.double().view(len(x), 2, 4, 128)
-        weights = (0.1 * q @ k.double().mT).softmax(-1)
-        return (weights @ v.double()).reshape(len(x), 1, 8, 128)
+        return _softmax_attention(q, k, v)
 
     return "attend", call, expect, (1, 3)
+
+
+def _tiles(device: torch.device, generator: torch.Generator) -> Case:
+    """The same over 40 tokens that were coded one after another: 3 bits, heads turned before."""
+    k, v = torch.randn(2, 1, 2, 40, 128, generator=generator).bfloat16().to(device)
+    codec = Rotated(3)
+    format = TileFormat.of(codec, codec, 128)
+    assert format is not None
+    tiles = format.empty(1, 2, k.shape[2], device)
+    length = torch.zeros(1, dtype=torch.int32, device=device)
+    counters = torch.zeros(64, dtype=torch.int32, device=device)
+    encoding, decoding = encoding_books(codec, codec), books(codec, codec, format)
+    encoding, decoding = (t if t is None else t.to(device) for t in (encoding, decoding))
+
+    def call(x: Tensor) -> Tensor:
+        length.zero_()
+        for one in zip(k.split(1, dim=2), v.split(1, dim=2), strict=True):
+            length.add_(1)
+            torch.ops.llmsqueeze.kv_append(
+                *one, tiles, length, None, encoding, *[None] * 7, format.arguments()
+            )
+        held = tiles.expand(len(x), -1, -1, -1).contiguous()
+        y: Tensor = torch.ops.llmsqueeze.kv_attend(
+            x.view(len(x), 8, 1, 128), held, length, None, decoding, *[None] * 6, counters,
+            format.arguments(), 0, 0.1,
+        )  # fmt: skip
+        return y
+
+    def expect(x: Tensor) -> Tensor:
+        held = (codec.decode(codec.encode(t.float()), 128, torch.float32) for t in (k, v))
+        return _softmax_attention(x.double().view(len(x), 2, 4, 128), *held)
+
+    return "kv_append, kv_attend", call, expect, (1, 3)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """[tokens, 1, 8, 128] fp64, of q [tokens, 2, 4, 128]."""
+    weights = (0.1 * q @ k.double().mT).softmax(-1)
+    return (weights @ v.double()).reshape(len(q), 1, 8, 128)

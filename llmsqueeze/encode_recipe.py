@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.recipe_keys import check_section, field_schemas
 
 ENCODES = ("int8",)
 
@@ -14,7 +15,7 @@ ENCODES = ("int8",)
 class EncodeRecipe:
     """to: of ENCODES. int8: every linear of every block, rounded to nearest, one scale for each output."""
 
-    to: str = "int8"
+    to: str = field(default="int8", metadata={"choices": ENCODES})
 
     def __post_init__(self) -> None:
         if self.to not in ENCODES:
@@ -27,7 +28,5 @@ class EncodeRecipe:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> EncodeRecipe:
         """A recipe from plain types; RecipeError on unknown keys."""
-        for key in raw:
-            if key != "to":
-                raise RecipeError(f"recipe: unknown key {key!r}")
+        check_section(raw, field_schemas(cls))
         return cls(**raw)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.numerics import int8
-from llmsqueeze.numerics.packing import pack_bitmask, unpack_bitmask
+from llmsqueeze.numerics.packing import check_bitmask, pack_bitmask, unpack_bitmask
 
 Parts = dict[str, Tensor]
 
@@ -20,14 +20,16 @@ Parts = dict[str, Tensor]
 @dataclass(frozen=True)
 class Encoding:
     """parts: their names. fits: whether a weight can be stored so. encode: its parts. decode: the weight
-    from parts and its columns; ValueError if they do not belong together. typed: the part that has the
-    weight's dtype."""
+    from parts and its columns. check: ValueError if these do not belong together, which decode raises too.
+    typed: the part that has the weight's dtype; long: one that has as many rows."""
 
     parts: tuple[str, ...]
     typed: str
     fits: Callable[[Tensor], bool]
     encode: Callable[[Tensor], Parts]
     decode: Callable[[Parts, int], Tensor]
+    check: Callable[[Parts, int], None]
+    long: str
 
 
 def _encode_bitmask(weight: Tensor) -> Parts:
@@ -43,7 +45,11 @@ def _encode_int8(weight: Tensor) -> Parts:
     return {"codes": codes, "largest": largest}
 
 
-def _decode_int8(parts: Parts, columns: int) -> Tensor:
+def _check_bitmask(parts: Parts, columns: int) -> None:
+    check_bitmask(parts["values"], parts["mask"], parts["row_offsets"], columns)
+
+
+def _check_int8(parts: Parts, columns: int) -> None:
     codes, largest = parts["codes"], parts["largest"]
     if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[1] != columns:
         raise ValueError(f"codes {codes.dtype} {tuple(codes.shape)} do not fit {columns} columns")
@@ -51,6 +57,11 @@ def _decode_int8(parts: Parts, columns: int) -> Tensor:
         raise ValueError(f"{largest.numel()} magnitudes for {codes.shape[0]} rows")
     if not bool((largest >= 0).all()):
         raise ValueError("magnitudes that are none")
+
+
+def _decode_int8(parts: Parts, columns: int) -> Tensor:
+    _check_int8(parts, columns)
+    codes, largest = parts["codes"], parts["largest"]
     return int8.decode(codes, int8.scales(largest), largest.dtype)
 
 
@@ -63,10 +74,14 @@ _BITMASK = Encoding(
     lambda weight: True,
     _encode_bitmask,
     _decode_bitmask,
+    _check_bitmask,
+    "mask",
 )
 # codes        [rows, columns]           int8, see numerics.int8
 # largest      [rows]                    the weight's dtype, every row's largest magnitude
-_INT8 = Encoding(("codes", "largest"), "largest", int8.fits, _encode_int8, _decode_int8)
+_INT8 = Encoding(
+    ("codes", "largest"), "largest", int8.fits, _encode_int8, _decode_int8, _check_int8, "codes"
+)
 
 ENCODINGS = {"bitmask": _BITMASK, "int8": _INT8}
 

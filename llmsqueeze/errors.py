@@ -14,6 +14,8 @@ LlmsqueezeError
 A message is one line that says what is wrong and what to do about it.
 """
 
+from __future__ import annotations
+
 
 class LlmsqueezeError(Exception):
     """Base of all expected failures; anything else that escapes is a bug (exit code 70)."""
@@ -22,7 +24,20 @@ class LlmsqueezeError(Exception):
 
 
 class RecipeError(LlmsqueezeError):
+    """key: the path of what is wrong in a recipe file, ("prune", "target", "sparsity"); () if it is none."""
+
     exit_code = 2
+
+    def __init__(self, reason: str = "", key: tuple[str, ...] = ()) -> None:
+        super().__init__(reason)
+        self.reason, self.key = reason, key
+
+    def __str__(self) -> str:
+        return f"recipe: {'.'.join(self.key)}: {self.reason}" if self.key else self.reason
+
+    def within(self, section: str) -> RecipeError:
+        """The same, of a recipe that is a section of another."""
+        return RecipeError(self.reason.removeprefix("recipe: "), (section, *self.key))
 
 
 class ResumeError(RecipeError):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,32 +24,38 @@ from llmsqueeze.command import (
     open_checkpoint,
 )
 from llmsqueeze.conditions import Condition, parse_size
-from llmsqueeze.errors import DataError, RecipeError
+from llmsqueeze.errors import DataError, EnvironmentFault, RecipeError
+from llmsqueeze.policy import DEFAULT_GATE
 from llmsqueeze.recipe import DTYPES
+from llmsqueeze.recovery import check_requests, compare, gates, parse_gates
+from llmsqueeze.recovery import rows as task_rows
+from llmsqueeze.recovery import warnings as task_warnings
+from llmsqueeze.report.schema import EVAL
 
 if TYPE_CHECKING:
-    from llmsqueeze.activation import Policy
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import Console
     from llmsqueeze.evaluate import Perplexity
     from llmsqueeze.passkey import Retrieval
+    from llmsqueeze.policy import Policy
+    from llmsqueeze.subject import Subject
+    from llmsqueeze.tasks import Suite
 
-# As text is decoded: every token but the first few, which in many models all others lean on.
-DEFAULT_GATE = "after:4"
-# Gaps between the share of inputs that gates drop and the one they were calibrated for, worth a warning.
-MEAN_DRIFT, SITE_DRIFT = 0.01, 0.03
 PASSKEY_PROMPTS = 20
 
 
 @dataclass(frozen=True)
 class Measured:
     """What was found out about one checkpoint. dropped: share of inputs by gate, of one with gates;
-    kv_bits: by element, with a packed cache."""
+    kv_bits: by element, with a packed cache. tasks: by their names in the report; tasks_dropped: as dropped,
+    while they ran."""
 
     perplexity: Perplexity
     dropped: dict[str, float] | None
     kv_bits: float | None
     retrieval: Retrieval | None
+    tasks: dict[str, Any]
+    tasks_dropped: dict[str, float] | None
 
 
 @click.command(
@@ -69,8 +77,12 @@ A checkpoint with a KV-cache format, or any with --kv-cache, is measured with ev
 as it is cached, the prompt's and the newest token's included; attention sees only what was read back.
 Bits are those allocated, scales, outliers and sinks included.
 
-For pipelines: --fail-if and --max-size end with exit code 1, which nothing else does. What was not measured
-fails.
+--tasks also runs tasks of lm-eval (pip install 'llmsqueeze[eval]'), with the same gates and KV cache. A task
+is a name, an lm-eval .yaml, or a .json or .jsonl of items {{"query", "choices", "gold"}}. Scores of the model
+of --against are kept in --cache-dir, by a hash of checkpoint, requests, settings and versions.
+
+For pipelines: --fail-if, --min-recovery and --max-size end with exit code 1, which nothing else does. What
+was not measured fails.
 """,
 )
 @click.argument("checkpoint")
@@ -85,12 +97,13 @@ fails.
     "--seqlen", type=int, help="Tokens per window.  [default: 2048, or what the model has]"
 )
 @click.option("--windows", type=int, help="Only the first so many windows.  [default: all]")
-@click.option("--bos", is_flag=True, help="Start the text with the beginning-of-text token.")
+@click.option("--bos/--no-bos", default=False,
+              help="Start the text, and every item of a task, with the beginning-of-text token.")  # fmt: skip
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
               help="Precision; auto: the checkpoint's on a GPU, float32 on a CPU.")  # fmt: skip
 @click.option("--gate", metavar="POLICY",
-              help="Tokens of a window that are gated: after:TOKENS, tail:SHARE, all or dense. TEAL is "
-              "published with tail:0.5, R-Sparse tail:0.9, WINA tail:0.99, CHESS all."
+              help="Tokens of a window, or of a task's request, that are gated: after:TOKENS, tail:SHARE, "
+              "all or dense. TEAL is published with tail:0.5, R-Sparse tail:0.9, WINA tail:0.99, CHESS all."
               f"  [default: {DEFAULT_GATE}]")  # fmt: skip
 @click.option("--kv-cache", metavar="FORMAT",
               help="Quantise the KV cache: fp8, rotate:4, rotate:3 or rotate:2 (Hadamard and the best codes "
@@ -98,7 +111,16 @@ fails.
 @backend_option
 @click.option("--passkey", is_flag=True,
               help="Also measure how often a key hidden in a long text is found.")  # fmt: skip
+@click.option("--tasks", multiple=True, metavar="TASK,…",
+              help="Also run these tasks of lm-eval: names or files. Repeatable.")  # fmt: skip
+@click.option("--num-fewshot", type=click.IntRange(min=0), metavar="N",
+              help="Solved examples before every item.  [default: what the task says, else 0]")  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), metavar="N",
+              help="Only the first so many items of every task.  [default: all]")  # fmt: skip
 @condition_options
+@click.option("--min-recovery", multiple=True, metavar="[TASK=]SHARE",
+              help="End with exit code 1 if a task keeps less of the dense model's score, as in 0.95, "
+              "piqa=0.97 or piqa.acc_norm=0.97; by default of its first metric. Repeatable.")  # fmt: skip
 @click.option("--max-size", metavar="SIZE",
               help="End with exit code 1 if its safetensors files take more, as in 180MB.")  # fmt: skip
 @device_option
@@ -118,7 +140,11 @@ def evaluate(
     kv_cache: str | None,
     backend: str | None,
     passkey: bool,
+    tasks: tuple[str, ...],
+    num_fewshot: int | None,
+    limit: int | None,
     fail_if: tuple[str, ...],
+    min_recovery: tuple[str, ...],
     max_size: str | None,
     device: str,
     offline: bool,
@@ -135,11 +161,22 @@ def evaluate(
     conditions = [Condition.parse(condition) for condition in fail_if]
     if max_size is not None:
         conditions.append(Condition("size_bytes", ">", parse_size(max_size)))
+    least = parse_gates(min_recovery)
+    if min_recovery and not (against or baseline):
+        raise RecipeError(
+            "--min-recovery compares with a dense model: give --against or --baseline"
+        )
+    if not tasks and (min_recovery or limit or num_fewshot is not None):
+        raise RecipeError(
+            "--min-recovery, --limit and --num-fewshot are for --tasks, which is not there"
+        )
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise EnvironmentFault("--tasks needs lm-eval: pip install 'llmsqueeze[eval]'")
     earlier = _read_baseline(baseline) if baseline else None
 
     import torch
 
-    from llmsqueeze.activation import Policy
+    from llmsqueeze.activation import drifts
     from llmsqueeze.data import (
         BUNDLED_EVALUATION,
         Windows,
@@ -152,14 +189,9 @@ def evaluate(
     from llmsqueeze.ops import cpu
     from llmsqueeze.passkey import make_prompts, retrieve
     from llmsqueeze.plan import check_vocabulary, window_length
-    from llmsqueeze.runtime import load
-    from llmsqueeze.runtime.gates import gating_of
-    from llmsqueeze.runtime.kv_cache import (
-        attached_cache,
-        bits_per_element,
-        packed_cache,
-        parse_format,
-    )
+    from llmsqueeze.policy import Policy
+    from llmsqueeze.runtime.kv_cache import bits_per_element, parse_format
+    from llmsqueeze.subject import prepare
     from llmsqueeze.traffic import bytes_per_token
 
     policy = Policy.parse(gate or DEFAULT_GATE)
@@ -183,21 +215,24 @@ def evaluate(
         return made
 
     def measure(source: Checkpoint, label: str, packed: bool = False) -> Measured:
-        model = load(source, precision, where, kernels=backend == "kernels")
-        gating = gating_of(model)
+        subject = prepare(
+            source, precision, where, kernels=backend == "kernels", policy=policy,
+            kv_cache=kv_format if packed else None, stored_cache=packed,
+        )  # fmt: skip
+        gating, make = subject.gating, subject.cache
         if gating:
-            gating.policy = policy
             gating.count()
         last: list[Any] = []
 
         def new_cache() -> Any:
-            last[:] = [packed_cache(model, kv_format) if kv_format else attached_cache(model)]
+            assert make is not None
+            last[:] = [make()]
             return last[0]
 
-        cache = new_cache if packed else None
+        cache = new_cache if make else None
         with console.steps() as progress:
             found = perplexity(
-                model,
+                subject.model,
                 cutting.tokens,
                 lambda done, of: progress(f"{label} window", done, of, ""),
                 cache,
@@ -207,9 +242,41 @@ def evaluate(
             answers = None
             if prompts:
                 answers = retrieve(
-                    model, prompts, lambda done, of: progress(f"{label} key", done, of, ""), cache
+                    subject.model,
+                    prompts,
+                    lambda done, of: progress(f"{label} key", done, of, ""),
+                    cache,
                 )
-        return Measured(found, dropped, bits, answers)
+            scores: dict[str, Any] = {}
+            tasks_dropped = None
+            if suites:
+                if gating:
+                    gating.count()
+                scores = score(source, subject, label, progress)
+                tasks_dropped = gating.sparsity() if gating else None
+        return Measured(found, dropped, bits, answers, scores, tasks_dropped)
+
+    def score(
+        source: Checkpoint, subject: Subject, label: str, progress: Callable[..., None]
+    ) -> dict[str, Any]:
+        """Every task on one model; the dense one's are kept."""
+        from llmsqueeze.harness import HarnessLM
+        from llmsqueeze.task_cache import TaskCache
+        from llmsqueeze.tasks import run_all
+
+        cache = None
+        if label == "dense":
+            way = {
+                "dtype": settings["dtype"], "device": where.type, "backend": backend, "bos": bos,
+                "gate": str(policy),
+            }  # fmt: skip
+            cache = TaskCache.of(cache_dir / "tasks", source.path, way, console.note)
+        return run_all(
+            suites,
+            HarnessLM(subject, load_tokenizer(source.path), bos=bos),
+            lambda name, done, of: progress(f"{label} {name}", done, of, ""),
+            cache.get if cache else None,
+        )
 
     cutting = cut(opened)
     settings = {
@@ -230,11 +297,29 @@ def evaluate(
             load_tokenizer(opened.path), bundled_text(BUNDLED_EVALUATION), length=length,
             count=PASSKEY_PROMPTS, bos=bos,
         )  # fmt: skip
+    suites: list[Suite] = []
+    if tasks:
+        from llmsqueeze.tasks import load as load_tasks
+        from llmsqueeze.tasks import quiet, split_specs
+
+        if not console.verbose:
+            quiet()
+        suites = load_tasks(
+            split_specs(tasks), num_fewshot=num_fewshot, limit=limit, offline=offline,
+            note=console.note,
+        )  # fmt: skip
+        if earlier:
+            for suite in suites:
+                check_requests(suite.sha256, earlier.get("tasks") or {}, f"--baseline {baseline}")
+        judged = [name for suite in suites for name in suite.judged]
+        conditions += gates(*least, judged, {name for suite in suites for name in suite.names})
     stored = opened.kv_cache if kv_cache is None else None
     measured = measure(opened, "eval", packed=bool(kv_format or stored))
     mine = measured.perplexity
     document: dict[str, Any] = {
+        "schema": EVAL,
         "checkpoint": name,
+        "manifest_sha256": opened.manifest_sha256,
         "token_ppl": mine.token_ppl,
         "seqlen": mine.seqlen,
         "windows": mine.windows,
@@ -255,7 +340,14 @@ def evaluate(
         reference = measure(other[0], "dense")
         dense = reference.perplexity.token_ppl
         answers = reference.retrieval.describe() if reference.retrieval else None
-        earlier = {"checkpoint": other[1], "token_ppl": dense, "passkey": answers}
+        earlier = {
+            "checkpoint": other[1],
+            "token_ppl": dense,
+            "size_bytes": other[0].file_bytes,
+            "bytes_per_token": bytes_per_token(other[0]),
+            "passkey": answers,
+            "tasks": reference.tasks,
+        }
     if earlier:
         dense = earlier["token_ppl"]
         ratio = mine.token_ppl / dense
@@ -263,6 +355,8 @@ def evaluate(
             "against": earlier["checkpoint"],
             "dense_token_ppl": dense,
             "token_ppl_ratio": ratio,
+            "dense_size_bytes": earlier.get("size_bytes"),
+            "dense_bytes_per_token": earlier.get("bytes_per_token"),
         }
         rows |= {"dense": f"{dense:.3f}", "ratio": f"{ratio:.3f}"}
         if measured.retrieval and earlier.get("passkey"):
@@ -285,9 +379,17 @@ def evaluate(
         }
         rows["kv cache"] = f"{format}, {bits:.2f} bits per element, quantised at every update"
     if measured.dropped is not None:
-        document["activation"] = gates = _activation(opened, measured.dropped, policy)
-        rows |= _activation_rows(gates)
-        for message in drifts(gates):
+        document["activation"] = gated = _activation(opened, measured.dropped, policy)
+        rows |= _activation_rows(gated)
+        for message in drifts(gated):
+            console.note(f"warning: {message}")
+    if suites:
+        document["tasks"] = scores = measured.tasks
+        compare(scores, (earlier or {}).get("tasks") or {})
+        if dropped := measured.tasks_dropped:
+            gated["tasks"] = {"sparsity": sum(dropped.values()) / len(dropped)}
+        rows |= task_rows(scores)
+        for message in task_warnings(scores):
             console.note(message)
     conclude(console, document, name, rows, conditions)
 
@@ -347,29 +449,3 @@ def _activation_rows(measured: dict[str, Any]) -> dict[str, str]:
         rows["inputs dropped"] = f"{measured['sparsity']:.1%} on average"
         rows["read per token"] = size(measured["bytes_per_token"])
     return rows
-
-
-def drifts(measured: dict[str, Any]) -> list[str]:
-    """Warnings where gates drop another share of this text than they were calibrated for."""
-    gaps = {
-        name: gate["measured"] - gate["target"]
-        for name, gate in measured["gates"].items()
-        if gate["measured"] is not None
-    }
-    if not gaps:
-        return []
-    mean = sum(gaps.values()) / len(gaps)
-    far = {name: gap for name, gap in gaps.items() if abs(gap) > SITE_DRIFT}
-    messages = []
-    if abs(mean) > MEAN_DRIFT:
-        messages.append(
-            f"warning: on this text the gates drop {mean:+.1%} against their calibration on average; "
-            "calibrate on text like it (sparsify --calib)"
-        )
-    if far:
-        worst = max(far, key=lambda name: abs(far[name]))
-        messages.append(
-            f"warning: {len(far)} of {len(gaps)} gates are off by more than {SITE_DRIFT:.0%}, most "
-            f"{worst}: {far[worst]:+.1%}"
-        )
-    return messages

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.activation import GateRecord, Policy, thresholds
+from llmsqueeze.activation import GateRecord, thresholds
 from llmsqueeze.blocks import LoadedBlock, Run
 from llmsqueeze.errors import CalibrationError
 from llmsqueeze.methods import activation_method, greedy
 from llmsqueeze.methods.gating import BlockParts, Branch, GateSpec
 from llmsqueeze.numerics.histogram import MagnitudeHistogram
+from llmsqueeze.policy import Policy
 from llmsqueeze.recipe import is_ignored
 from llmsqueeze.runtime.gates import GatedOutput, GateParts, Gating, install
 from llmsqueeze.sparsify_recipe import SparsifyRecipe

@@ -108,8 +108,8 @@ class LlmsqueezeQuantizer(HfQuantizer):
 
 
 def _equip(model: nn.Module, directory: Path) -> None:
-    from llmsqueeze.activation import Policy
     from llmsqueeze.checkpoint import Checkpoint
+    from llmsqueeze.policy import Policy
     from llmsqueeze.runtime import gates, kv_cache
 
     checkpoint = Checkpoint(directory)

@@ -7,7 +7,8 @@ from typing import Any
 
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.methods import CALIBRATED_KV, KV_BITS, KV_METHODS, load_entry
-from llmsqueeze.recipe import DTYPES, Calibration, make_config, take_section
+from llmsqueeze.recipe import DTYPES, Calibration, make_config, resolved, take_section
+from llmsqueeze.recipe_keys import check_section, field_schemas
 
 DEFAULT_KV_METHOD = "kvquant"
 DEFAULT_BITS = 4
@@ -22,13 +23,13 @@ class KvRecipe:
     dtype, batch: as PruneRecipe's. Outliers, sinks and calibration are of kvquant alone.
     """
 
-    method: str
+    method: str = field(metadata=resolved(KV_METHODS))
     config: Any = None
-    bits: int = DEFAULT_BITS
+    bits: int = field(default=DEFAULT_BITS, metadata=resolved())
     outliers: float = 0.0
     sinks: int = 1
     calibration: Calibration = field(default_factory=lambda: Calibration(samples=DEFAULT_SAMPLES))
-    dtype: str = "auto"
+    dtype: str = field(default="auto", metadata={"choices": DTYPES})
     batch: int = 0
 
     def __post_init__(self) -> None:
@@ -57,21 +58,17 @@ class KvRecipe:
     def from_dict(cls, raw: dict[str, Any]) -> KvRecipe:
         """A recipe from plain types, what is left out at its default; RecipeError on unknown keys."""
         raw = dict(raw)
-        calibration = take_section(raw, "calibration", [f.name for f in fields(Calibration)])
+        check_section(raw, field_schemas(cls), [f.name for f in fields(cls)])
+        calibration = take_section(raw, "calibration", field_schemas(Calibration))
         method = raw.pop("method", None) or DEFAULT_KV_METHOD
-        config = make_config(load_entry(KV_METHODS, method), method, raw.pop("config", None))
-        for key in raw:
-            if key not in {f.name for f in fields(cls)}:
-                raise RecipeError(f"recipe: unknown key {key!r}")
-        raw.setdefault(
-            "bits", DEFAULT_BITS if DEFAULT_BITS in KV_BITS[method] else KV_BITS[method][0]
+        config = make_config(load_entry(KV_METHODS, method), method, raw, "config")
+        bits = raw.pop("bits", None)
+        if bits is None:
+            bits = DEFAULT_BITS if DEFAULT_BITS in KV_BITS[method] else KV_BITS[method][0]
+        return cls(
+            method=method,
+            config=config,
+            bits=bits,
+            calibration=Calibration(**{"samples": DEFAULT_SAMPLES, **calibration}),
+            **raw,
         )
-        try:
-            return cls(
-                method=method,
-                config=config,
-                calibration=Calibration(**{"samples": DEFAULT_SAMPLES, **calibration}),
-                **raw,
-            )
-        except TypeError as error:  # a value of the wrong kind
-            raise RecipeError(f"recipe: {error}") from error

@@ -32,8 +32,8 @@ from llmsqueeze.recipe import (
     Calibration,
     PruneRecipe,
     place_options,
-    read_recipe,
 )
+from llmsqueeze.recipe_file import read_recipe
 
 if TYPE_CHECKING:
     from llmsqueeze.artifact import Manifest

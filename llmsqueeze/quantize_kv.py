@@ -74,6 +74,7 @@ def quantize_kv(
     check_output(out, overwrite)
     check_not_inside(out, checkpoint.path)
     record = _record(checkpoint, recipe)
+    dtype = calibration_dtype(recipe.dtype, checkpoint.dtype, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     tensors: dict[str, Tensor] = {}
@@ -120,6 +121,7 @@ def quantize_kv(
             "recipe": recipe.to_dict(),
             "source": {"name": source_name, "sha256": source.sha256},
             "calibration": described,
+            "compute_dtype": str(dtype).removeprefix("torch."),
             "versions": versions(),
         }
         if used < batch:

@@ -32,7 +32,8 @@ from llmsqueeze.kv_recipe import (
     KvRecipe,
 )
 from llmsqueeze.methods import KV_METHODS
-from llmsqueeze.recipe import config_fields, read_recipe
+from llmsqueeze.recipe import config_fields
+from llmsqueeze.recipe_file import read_recipe
 
 if TYPE_CHECKING:
     from llmsqueeze.console import Console

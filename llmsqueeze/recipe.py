@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Iterable
+import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from llmsqueeze.errors import RecipeError
@@ -24,9 +25,22 @@ from llmsqueeze.methods import (
     weight_method,
 )
 from llmsqueeze.methods.base import Target, Tile
+from llmsqueeze.recipe_keys import check_section, field_schemas, suggest, type_schema
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ORDERS = ("group", "block")
+# Keys of a recipe's target, and Target.parse's names for them.
+TARGET_KEYS = {
+    "sparsity": "sparsity",
+    "pattern": "pattern",
+    "tile": "tile",
+    "channel_budget": "budget",
+}
+
+
+def resolved(choices: Iterable[str] = ()) -> dict[str, Any]:
+    """Metadata of a field that from_dict resolves; see recipe_keys."""
+    return {"choices": tuple(choices), "resolved": True}
 
 
 @dataclass(frozen=True)
@@ -62,21 +76,21 @@ class PruneRecipe:
     batch: calibration samples per forward pass; 0 lets the device decide. order: see calibrate.walk.
     """
 
-    method: str
+    method: str = field(metadata=resolved(WEIGHT_METHODS))
     target: Target
     config: Any
-    refit: str = "none"
+    refit: str = field(default="none", metadata=resolved(REFITS))
     refit_config: Any = None
-    allocation: str = "uniform"
+    allocation: str = field(default="uniform", metadata=resolved(ALLOCATIONS))
     allocation_config: Any = None
-    tiles: str = "score"
+    tiles: str = field(default="score", metadata=resolved(TILE_MODES))
     tiles_config: Any = None
     dense_share: float = 0.25
-    ignore: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = field(default=(), metadata=resolved())
     calibration: Calibration = field(default_factory=Calibration)
-    dtype: str = "auto"
+    dtype: str = field(default="auto", metadata={"choices": DTYPES})
     batch: int = 0
-    order: str = "group"
+    order: str = field(default="group", metadata={"choices": ORDERS})
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -125,10 +139,9 @@ class PruneRecipe:
     def from_dict(cls, raw: dict[str, Any]) -> PruneRecipe:
         """A recipe from plain types, what is left out at its default; RecipeError on unknown keys."""
         raw = dict(raw)
-        target = take_section(raw, "target", ("sparsity", "pattern", "tile", "channel_budget"))
-        if "channel_budget" in target:
-            target["budget"] = target.pop("channel_budget")
-        calibration = take_section(raw, "calibration", [f.name for f in fields(Calibration)])
+        check_section(raw, field_schemas(cls), [f.name for f in fields(cls)])
+        target = take_section(raw, "target", target_schemas())
+        calibration = take_section(raw, "calibration", field_schemas(Calibration))
         # A method that was asked for by name runs as published; the default is the best we know.
         named = raw.pop("method", None)
         tiles = raw.pop("tiles", None) or "score"
@@ -140,52 +153,39 @@ class PruneRecipe:
         allocation = raw.pop("allocation", None) or (
             DEFAULT_TILE_ALLOCATION if spread else "uniform"
         )
-        training = raw.pop("tiles_config", None)
+        training = raw.get("tiles_config")
         if tiles != "score" and isinstance(training or {}, dict):
-            training = {**(training or {}), "mode": tiles, "seed": calibration.get("seed", 0)}
-        for key in raw:
-            if key not in {f.name for f in fields(cls)}:
-                raise RecipeError(f"recipe: unknown key {key!r}")
-        try:
-            return cls(
-                method=method,
-                target=Target.parse(**target),
-                config=make_config(weight_method(method), method, raw.pop("config", None)),
-                refit=refit,
-                refit_config=make_config(refit_method(refit), refit, raw.pop("refit_config", None)),
-                allocation=allocation,
-                allocation_config=make_config(
-                    allocation_method(allocation), allocation, raw.pop("allocation_config", None)
-                ),
-                tiles=tiles,
-                tiles_config=make_config(load_entry(TILE_MODES, tiles), tiles, training),
-                calibration=Calibration(**calibration),
-                ignore=tuple(raw.pop("ignore", None) or ()),
-                **raw,
-            )
-        except TypeError as error:  # a value of the wrong kind
-            raise RecipeError(f"recipe: {error}") from error
+            follows = {"mode": tiles, "seed": calibration.get("seed", 0)}
+            raw["tiles_config"] = {**(training or {}), **follows}
+        return cls(
+            method=method,
+            target=_parse_target(target),
+            config=make_config(weight_method(method), method, raw, "config"),
+            refit=refit,
+            refit_config=make_config(refit_method(refit), refit, raw, "refit_config"),
+            allocation=allocation,
+            allocation_config=make_config(
+                allocation_method(allocation), allocation, raw, "allocation_config"
+            ),
+            tiles=tiles,
+            tiles_config=make_config(load_entry(TILE_MODES, tiles), tiles, raw, "tiles_config"),
+            calibration=Calibration(**calibration),
+            ignore=tuple(raw.pop("ignore", None) or ()),
+            **raw,
+        )
+
+
+def _parse_target(given: dict[str, Any]) -> Target:
+    try:
+        return Target.parse(**{TARGET_KEYS[key]: value for key, value in given.items()})
+    except RecipeError as error:
+        raise error.within("target") from error
 
 
 def allocation_needs(recipe: PruneRecipe) -> frozenset[str]:
     """Statistics of the dense model that the allocation needs."""
     allocation = allocation_method(recipe.allocation)
     return allocation.needs(recipe.allocation_config) if allocation else frozenset()
-
-
-def read_recipe(path: Path) -> dict[str, Any]:
-    """A recipe file: YAML in the shape of PruneRecipe.to_dict, any part left out."""
-    import yaml
-
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
-    if not isinstance(raw, dict):
-        raise RecipeError(f"{path}: not a mapping of recipe keys to values")
-    return raw
 
 
 def place_options(raw: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -223,27 +223,45 @@ def config_fields(table: dict[str, Entry], name: str) -> dict[str, Any]:
     return {f.name: f for f in fields(module.Config)} if module else {}
 
 
-def take_section(raw: dict[str, Any], name: str, known: Iterable[str]) -> dict[str, Any]:
-    """A mapping within a recipe, removed from `raw`; RecipeError on unknown keys."""
+def target_schemas() -> dict[str, dict[str, Any]]:
+    """JSON Schema of the keys of a recipe's target, from Target.parse."""
+    hints = typing.get_type_hints(Target.parse)
+    defaults = inspect.signature(Target.parse).parameters
+    found = {}
+    for key, name in TARGET_KEYS.items():
+        found[key] = type_schema(hints[name]) or {}
+        if defaults[name].default is not None:
+            found[key]["default"] = defaults[name].default
+    return found
+
+
+def take_section(
+    raw: dict[str, Any], name: str, schemas: Mapping[str, dict[str, Any]]
+) -> dict[str, Any]:
+    """A mapping within a recipe, removed from `raw`; RecipeError on unknown keys and wrong values."""
     section = raw.pop(name, None) or {}
     if not isinstance(section, dict):
-        raise RecipeError(f"recipe: {name} is not a mapping")
-    for key in section:
-        if key not in known:
-            raise RecipeError(f"recipe: unknown key {key!r} in {name}")
+        raise RecipeError("not a mapping of keys to values", (name,))
+    try:
+        check_section(section, schemas)
+    except RecipeError as error:
+        raise error.within(name) from error
     return dict(section)
 
 
-def make_config(module: Any, name: str, given: dict[str, Any] | None) -> Any:
-    """The Config of a method from a mapping; RecipeError on settings that it does not have."""
-    given = given or {}
-    if not isinstance(given, dict):
-        raise RecipeError(f"recipe: the settings of {name} are not a mapping")
-    known = {f.name for f in fields(module.Config)} if module else set()
-    for key in given:
+def make_config(module: Any, name: str, raw: dict[str, Any], section: str) -> Any:
+    """The Config of a method from a section of `raw`, removed; RecipeError on what it does not have."""
+    known = field_schemas(module.Config) if module else {}
+    given = raw.get(section) or {}
+    for key in given if isinstance(given, dict) else ():
         if key not in known:
-            raise RecipeError(f"recipe: {name} has no setting {key!r}")
-    return module.Config(**given) if module else None
+            hint = suggest(key, known)
+            raise RecipeError(f"{name} has no setting {key!r}{hint}", (section, str(key)))
+    given = take_section(raw, section, known)
+    try:
+        return module.Config(**given) if module else None
+    except RecipeError as error:
+        raise error.within(section) from error
 
 
 def check_ignore(patterns: tuple[str, ...]) -> None:

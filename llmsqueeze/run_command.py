@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 {CHECKPOINT_HELP}
 
-A model with a chat template is asked as a user would ask it; --raw continues the text as it stands. On a GPU
-in 16 bits compressed weights are computed with as they are, and attention reads a quantised KV cache as it
-is. A checkpoint's KV-cache format and activation thresholds are used as stored.
+A model with a chat template is asked as a user would ask it; --raw continues the text as it stands. On a CPU
+and on a GPU in 16 bits compressed weights are computed with as they are, and attention reads a quantised KV
+cache as it is. A checkpoint's KV-cache format and activation thresholds are used as stored.
 """
 )
 @click.argument("checkpoint")
@@ -81,10 +81,13 @@ def run(
     shown = ""
     began = time.perf_counter()
     first = began
-    packed = opened.kv_cache is not None
     decoder = None
-    if not packed or (where.type == "cuda" and backend == "kernels"):
+    if opened.kv_cache is None or backend == "kernels":
         decoder = _decoder(console, model, len(ids) + tokens)
+    elif where.type == "cpu" and not built:
+        console.note(
+            "the KV cache is unpacked at every step: there was no C++ compiler when llmsqueeze was installed"
+        )
     for token in _tokens(model, decoder, ids, tokens):
         if not found:
             first = time.perf_counter()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import card, plan
-from llmsqueeze.activation import ActivationRecord, GateRecord, Policy
+from llmsqueeze.activation import ActivationRecord, GateRecord
 from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
 from llmsqueeze.blocks import cut_batches, find_groups, load_blocks
 from llmsqueeze.checkpoint import Checkpoint
@@ -37,10 +37,11 @@ from llmsqueeze.fingerprint import Fingerprint
 from llmsqueeze.gate_calibration import ALREADY_SPARSE, calibrate_block, choose_gates
 from llmsqueeze.methods.greedy import MOST
 from llmsqueeze.numerics.histogram import read_curve
+from llmsqueeze.policy import Policy
 from llmsqueeze.recipe import Calibration, is_ignored
 from llmsqueeze.rotation import rotate
 from llmsqueeze.shards import hash_file
-from llmsqueeze.sparsify_recipe import DEFAULT_SEQLEN, SparsifyRecipe
+from llmsqueeze.sparsify_recipe import DEFAULT_SEQLEN, SparsifyRecipe, ThresholdsRecipe
 from llmsqueeze.work import Work
 
 
@@ -240,6 +241,7 @@ def change_sparsity(
     prefill: str | None,
     *,
     overwrite: bool = False,
+    work: Work | None = None,
 ) -> Manifest:
     """Write the checkpoint with other thresholds, read off its stored curves: no calibration.
 
@@ -271,13 +273,13 @@ def change_sparsity(
             threshold=read_curve(tensors[f"{name}.curve"], share),
         )
     with (
-        Work(out, torch.device("cpu")) as work,
+        work or Work(out, torch.device("cpu")) as work,
         ArtifactWriter(out, overwrite=overwrite, directory=work.fresh()) as writer,
     ):
         copy_weights(writer, checkpoint)
         step: dict[str, Any] = {
             "command": "sparsify",
-            "recipe": {"method": None, "sparsity": sparsity, "prefill": policy},
+            "recipe": ThresholdsRecipe(sparsity, policy).to_dict(),
             "source": {
                 "name": source_name,
                 "sha256": {file.name: hash_file(file) for file in checkpoint.identity},

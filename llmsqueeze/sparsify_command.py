@@ -26,7 +26,8 @@ from llmsqueeze.command import (
 from llmsqueeze.encode_recipe import ENCODES, EncodeRecipe
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.methods import ACTIVATION_METHODS
-from llmsqueeze.recipe import config_fields, read_recipe
+from llmsqueeze.recipe import config_fields
+from llmsqueeze.recipe_file import read_recipe
 from llmsqueeze.sparsify_recipe import (
     ALLOCATIONS,
     DEFAULT_ACTIVATION_METHOD,

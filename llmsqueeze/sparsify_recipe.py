@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.methods import activation_method
+from llmsqueeze.methods import ACTIVATION_METHODS, activation_method
 from llmsqueeze.methods.greedy import MOST
-from llmsqueeze.recipe import DTYPES, Calibration, check_ignore, make_config, take_section
+from llmsqueeze.policy import Policy
+from llmsqueeze.recipe import (
+    DTYPES,
+    Calibration,
+    check_ignore,
+    make_config,
+    resolved,
+    take_section,
+)
+from llmsqueeze.recipe_keys import check_section, field_schemas
 
 ALLOCATIONS = ("uniform", "greedy")
 # The best of the table in README at equal bytes.
@@ -31,18 +39,18 @@ class SparsifyRecipe:
     rotate: turn the residual stream first, see rotation.rotate. ignore, dtype, batch: as PruneRecipe's.
     """
 
-    method: str
+    method: str = field(metadata=resolved(ACTIVATION_METHODS))
     config: Any
     sparsity: float = 0.5
-    allocation: str = "uniform"
+    allocation: str = field(default="uniform", metadata=resolved(ALLOCATIONS))
     greedy_step: float = 0.025
     prefill: str = "dense"
     prefix: int = 4
     sequential: bool = True
     rotate: bool = False
-    ignore: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = field(default=(), metadata=resolved())
     calibration: Calibration = field(default_factory=lambda: Calibration(samples=DEFAULT_SAMPLES))
-    dtype: str = "auto"
+    dtype: str = field(default="auto", metadata={"choices": DTYPES})
     batch: int = 0
 
     def __post_init__(self) -> None:
@@ -65,6 +73,7 @@ class SparsifyRecipe:
             raise RecipeError(f"dtype {self.dtype!r}; choose from {', '.join(DTYPES)}")
         if self.batch < 0:
             raise RecipeError(f"--batch-size {self.batch}: give a positive number of samples")
+        Policy.parse(self.prefill)
         check_ignore(self.ignore)
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,29 +84,49 @@ class SparsifyRecipe:
     def from_dict(cls, raw: dict[str, Any]) -> SparsifyRecipe:
         """A recipe from plain types, what is left out at its default; RecipeError on unknown keys."""
         raw = dict(raw)
-        calibration = take_section(raw, "calibration", _names(Calibration))
+        check_section(raw, field_schemas(cls), [f.name for f in fields(cls)])
+        calibration = take_section(raw, "calibration", field_schemas(Calibration))
         method = raw.pop("method", None) or DEFAULT_ACTIVATION_METHOD
         module = activation_method(method)
-        config = make_config(module, method, raw.pop("config", None))
+        config = make_config(module, method, raw, "config")
         # Greedy lost least in README's table; a method with branches divides its budget by itself.
         allocation = raw.pop("allocation", None) or (
             "uniform" if hasattr(module, "branch") else "greedy"
         )
-        for key in raw:
-            if key not in _names(cls):
-                raise RecipeError(f"recipe: unknown key {key!r}")
-        try:
-            return cls(
-                method=method,
-                config=config,
-                allocation=allocation,
-                calibration=Calibration(**{"samples": DEFAULT_SAMPLES, **calibration}),
-                ignore=tuple(raw.pop("ignore", None) or ()),
-                **raw,
-            )
-        except TypeError as error:  # a value of the wrong kind
-            raise RecipeError(f"recipe: {error}") from error
+        return cls(
+            method=method,
+            config=config,
+            allocation=allocation,
+            calibration=Calibration(**{"samples": DEFAULT_SAMPLES, **calibration}),
+            ignore=tuple(raw.pop("ignore", None) or ()),
+            **raw,
+        )
 
 
-def _names(record: type) -> Iterable[str]:
-    return [f.name for f in fields(record)]
+@dataclass(frozen=True)
+class ThresholdsRecipe:
+    """Other thresholds for gates that are there, read off their stored curves; see sparsify.change_sparsity.
+
+    A step of a manifest only. method: none was asked for.
+    """
+
+    sparsity: float
+    prefill: str = "dense"
+    method: None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.sparsity) and 0 <= self.sparsity <= MOST):
+            raise RecipeError(f"sparsity {self.sparsity} is outside [0, {MOST}]")
+        Policy.parse(self.prefill)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; what the manifest keeps and from_dict reads."""
+        return {"method": None, "sparsity": self.sparsity, "prefill": self.prefill}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> ThresholdsRecipe:
+        """From plain types; RecipeError on unknown keys."""
+        check_section(raw, field_schemas(cls), ["method"])
+        if "sparsity" not in raw:
+            raise RecipeError("sparsity is missing")
+        return cls(**raw)

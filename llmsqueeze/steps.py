@@ -20,64 +20,24 @@ from llmsqueeze.compress import BlockDone, Pruning, check_not_inside, prune, ver
 from llmsqueeze.device import exact_matmul, worker
 from llmsqueeze.encode_recipe import EncodeRecipe
 from llmsqueeze.encoded import encode
-from llmsqueeze.errors import RecipeError, Stopped
+from llmsqueeze.errors import Stopped
 from llmsqueeze.fingerprint import Fingerprint
-from llmsqueeze.kv_recipe import KvRecipe
 from llmsqueeze.quantize_kv import quantize_kv
 from llmsqueeze.recipe import PruneRecipe
 from llmsqueeze.shards import hash_file
-from llmsqueeze.sparsify import sparsify
-from llmsqueeze.sparsify_recipe import SparsifyRecipe
+from llmsqueeze.sparsify import change_sparsity, sparsify
+from llmsqueeze.sparsify_recipe import SparsifyRecipe, ThresholdsRecipe
+from llmsqueeze.step_recipes import Step, resolved
 from llmsqueeze.streamed import StreamedCheckpoint
 from llmsqueeze.work import Work
 
-# In the order in which they are done: thresholds and codebooks are calibrated on the weights that will run.
-Recipe = PruneRecipe | EncodeRecipe | SparsifyRecipe | KvRecipe
-RECIPES: dict[str, type[Recipe]] = {
-    "prune": PruneRecipe,
-    "encode": EncodeRecipe,
-    "sparsify": SparsifyRecipe,
-    "quantize-kv": KvRecipe,
-}
-
 
 @dataclass(frozen=True)
-class Step:
-    """command: of RECIPES; recipe: its recipe."""
+class Walk:
+    """commands: of the steps that were done together."""
 
-    command: str
-    recipe: Recipe
-
-
-def parse_steps(raw: dict[str, Any]) -> list[Step]:
-    """From a mapping of commands to their recipes, or from a checkpoint's manifest; RecipeError on others.
-
-    A manifest says how its checkpoint was made, so the same is done again.
-    """
-    if isinstance(raw.get("steps"), list) and "format_version" in raw:
-        given = [(entry.get("command"), entry.get("recipe")) for entry in raw["steps"]]
-    else:
-        given = list(raw.items())
-    commands = [command for command, _ in given]
-    for command, recipe in given:
-        if command not in RECIPES:
-            raise RecipeError(f"recipe: {command!r} is no step; steps are {', '.join(RECIPES)}")
-        if commands.count(command) > 1:
-            raise RecipeError(f"recipe: {command} is there twice; do the second by the command")
-        if recipe is not None and not isinstance(recipe, dict):
-            raise RecipeError(f"recipe: {command}: not a mapping of recipe keys to values")
-        if recipe and recipe.get("method", "") is None:
-            raise RecipeError(
-                f"recipe: {command} only read thresholds off stored curves; name its method"
-            )
-    if not given:
-        raise RecipeError(f"recipe: no step; steps are {', '.join(RECIPES)}")
-    recipes = dict(given)
-    return [
-        Step(command, kind.from_dict(recipes[command] or {}))
-        for command, kind in RECIPES.items()
-        if command in recipes
-    ]
+    commands: tuple[str, ...]
+    seconds: float
 
 
 def run_steps(
@@ -91,15 +51,15 @@ def run_steps(
     work: Work | None = None,
     note: Callable[[str], None] = lambda message: None,
     on_block: Callable[[str, BlockDone], None] = lambda command, done: None,
-) -> dict[tuple[str, ...], float]:
-    """Do the steps; seconds of each walk, by its commands: of those that an earlier run had not done.
+) -> list[Walk]:
+    """Do the steps; the walks that an earlier run had not done.
 
     What lies between walks stands in the work folder until the end; see compress.prune for `work`. The
     checkpoint is the one that the commands would have made one after another.
     """
     check_output(out, overwrite)
     check_not_inside(out, checkpoint.path)
-    seconds: dict[tuple[str, ...], float] = {}
+    walks: list[Walk] = []
     stages = _stages(steps)
     work = work or Work(out, device)
     with work, worker() as hashing:
@@ -109,19 +69,20 @@ def run_steps(
             began = time.monotonic()
             last = index + 1 == len(stages)
             command = stage[-1].command
-            target = out if last else work.folder / command
+            name = f"{index}-{command}"  # a manifest may have done one twice
+            target = out if last else work.folder / name
             if target.exists() and not last:
                 checkpoint = Checkpoint(target)
                 continue
-            part = work.child(command, target)
+            part = work.child(name, target)
             _run(stage, checkpoint, source_name, part, device, overwrite and last, note, on_block)
-            seconds[tuple(step.command for step in stage)] = time.monotonic() - began
+            walks.append(Walk(tuple(step.command for step in stage), time.monotonic() - began))
             if not last:
                 work.commit()
                 checkpoint = Checkpoint(target)
                 if work.stopping:
                     raise Stopped(f"stopped after {command}; the same command goes on from there")
-    return seconds
+    return walks
 
 
 def _identity(steps: list[Step]) -> dict[str, Any]:
@@ -133,24 +94,25 @@ def _identity(steps: list[Step]) -> dict[str, Any]:
     }
     return {
         "command": "compress",
-        "recipe": {step.command: step.recipe.to_dict() for step in steps},
+        "recipe": resolved(steps),
         "texts": {text: hash_file(Path(text)) for text in sorted(texts) if Path(text).is_file()},
         "versions": versions(),
     }
 
 
 def _stages(steps: list[Step]) -> list[list[Step]]:
-    """Steps that are done in one walk over the model together: those before sparsify, with it."""
+    """Steps that are done in one walk over the model together: pruning and rounding, with a sparsify next."""
     stages: list[list[Step]] = []
-    for index, step in enumerate(steps):
-        if step.command == "sparsify":
+    for step in steps:
+        together: list[Step] = []
+        if isinstance(step.recipe, SparsifyRecipe):
+            if stages and isinstance(stages[-1][-1].recipe, EncodeRecipe):
+                together = stages.pop()
             # A rotation rewrites all weights before it calibrates: it needs those of pruning in a file.
-            assert isinstance(step.recipe, SparsifyRecipe)
-            together = [s for s in steps[:index] if s.command == "encode" or not step.recipe.rotate]
-            stages = [[s] for s in steps[:index] if s not in together]
-            stages.append([*together, step])
-        else:
-            stages.append([step])
+            before = stages[-1][-1].recipe if stages else None
+            if isinstance(before, PruneRecipe) and not step.recipe.rotate:
+                together = [*stages.pop(), *together]
+        stages.append([*together, step])
     return stages
 
 
@@ -193,5 +155,15 @@ def _run(
         sparsify(checkpoint, source_name, out, recipe, device, encode=encoding, **common)
     elif isinstance(recipe, EncodeRecipe):
         encode(checkpoint, source_name, out, recipe, **common)
+    elif isinstance(recipe, ThresholdsRecipe):
+        change_sparsity(
+            checkpoint,
+            source_name,
+            out,
+            recipe.sparsity,
+            recipe.prefill,
+            overwrite=overwrite,
+            work=work,
+        )
     else:
         quantize_kv(checkpoint, source_name, out, recipe, device, **common)

@@ -7,7 +7,7 @@ from math import prod
 
 from torch import nn
 
-from llmsqueeze.activation import ActivationRecord
+from llmsqueeze.activation import ActivationRecord, GateRecord
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.shards import DTYPES, StoredTensor
 
@@ -31,9 +31,20 @@ def bytes_per_token(
     checkpoint's own. dropped: measured shares by gate; by default what each gate is meant to drop.
     """
     record = record or checkpoint.activation
+    return read_bytes(checkpoint, record.gates if record else {}, dropped)
+
+
+def read_bytes(
+    checkpoint: Checkpoint,
+    gates: Mapping[str, GateRecord],
+    dropped: Mapping[str, float] | None = None,
+    *,
+    sizes: Mapping[str, int] | None = None,
+) -> int:
+    """The same of any gates. sizes: of parameters that will have others than they have; see forecast."""
     kept: dict[str, float] = {}
     extra = 0
-    for name, gate in record.gates.items() if record else ():
+    for name, gate in gates.items():
         share = 1 - (gate.sparsity if dropped is None else dropped.get(name, gate.sparsity))
         for linear in (*gate.members, *gate.rows):
             kept[linear] = kept.get(linear, 1.0) * share
@@ -53,7 +64,7 @@ def bytes_per_token(
         looked_up.discard(id(checkpoint.model.get_input_embeddings().weight))
     total = float(extra)
     for name in checkpoint.sources:
-        size = stored_bytes(checkpoint, name)
+        size = (sizes or {}).get(name) or stored_bytes(checkpoint, name)
         if id(parameters[name]) in looked_up:
             size //= parameters[name].shape[0]
         total += size * kept.get(name.removesuffix(".weight"), 1.0)

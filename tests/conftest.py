@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,14 @@ import torch
 from transformers.utils import logging
 
 logging.disable_progress_bar()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With -n, share the cores among the processes, also among those that tests start."""
+    if processes := config.getoption("numprocesses", None):
+        cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+
 
 # Small but not degenerate: grouped queries, several blocks, widths that no tile divides evenly.
 COMMON: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +85,55 @@ def test_environment_twins(
     monkeypatch.setenv("LLMSQUEEZE_QUIET", "1")
     result = cli("inspect", tiny())
     assert json.loads(result.stdout)["format"] == "plain"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(cli: Cli, shell: str) -> None:
+    script = cli("completion", shell).stdout
+    assert "_LLMSQUEEZE_COMPLETE" in script and f"{shell}_complete" in script
+    if shutil.which(shell):
+        done = subprocess.run([shell, "-n"], input=script, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+@pytest.mark.parametrize(
+    ("line", "offers"),
+    [
+        ("llmsqueeze pl", "plan"),
+        ("llmsqueeze compress --pre", "--preset"),
+        ("llmsqueeze compress --preset ", "fastest"),
+        ("llmsqueeze recipe ", "validate"),
+    ],
+)
+def test_bash_completes(line: str, offers: str) -> None:
+    words = line.split(" ")
+    done = subprocess.run(
+        [sys.executable, "-m", "llmsqueeze"],
+        env={
+            **os.environ,
+            "_LLMSQUEEZE_COMPLETE": "bash_complete",
+            "COMP_WORDS": line,
+            "COMP_CWORD": str(len(words) - 1),
+        },
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert f"plain,{offers}" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("args", "meant"),
+    [
+        (["prun", "x"], "prune"),
+        (["prune", "x", "-o", "y", "--sparsty", "0.5"], "--sparsity"),
+        (["prune", "x", "-o", "y", "--method", "wandaa"], "wanda"),
+        (["compress", "x", "-o", "y", "--preset", "fast"], "fastest"),
+    ],
+)
+def test_near_misses_get_a_suggestion(cli: Cli, args: list[str], meant: str) -> None:
+    result = cli(*args)
+    assert result.exit_code == 2
+    assert "id you mean" in result.stderr and f"'{meant}'" in result.stderr
 
 
 def test_inspect_and_verify(cli: Cli, tiny: Tiny, tmp_path: Path, prune_args: list[Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 import yaml
@@ -14,7 +15,8 @@ from safetensors.torch import load_file
 
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import RecipeError
-from llmsqueeze.steps import parse_steps
+from llmsqueeze.recipe_schema import recipe_schema
+from llmsqueeze.step_recipes import parse_steps
 
 Cli = Callable[..., Any]
 Tiny = Callable[..., Path]
@@ -75,17 +77,89 @@ def test_it_is_the_commands_one_after_another(
     assert cli("inspect", out, "--verify").exit_code == 0
 
 
+# Everything that a manifest may hold: steps of every kind, repeated, and in orders of their own.
+HISTORIES: dict[str, list[tuple[str, list[Any]]]] = {
+    "prune": [("prune", ["--method", "wanda", "--refit", "pcg", "--pattern", "2:4"])],
+    "tiles": [("prune", ["--pattern", "tile", "--tile", 16, "--sparsity", 0.3])],
+    "magnitude": [("prune", ["--method", "magnitude"])],
+    "owl": [("prune", ["--method", "dsnot", "--allocation", "owl", "--ignore", "down_proj"])],
+    "encode": [("convert", ["--to", "llmsqueeze", "--encode", "int8"])],
+    "encoded gates": [("sparsify", ["--encode", "int8", "--sparsity", 0.4])],
+    "chess": [("sparsify", ["--method", "chess", "--prefill", "all"])],
+    "rsparse": [("sparsify", ["--method", "rsparse", "--no-sequential"])],
+    "other thresholds": [("sparsify", []), ("sparsify", ["--sparsity", 0.3])],
+    "rotate": [("quantize-kv", ["--method", "rotate", "--bits", 3])],
+    "kvquant": [("quantize-kv", ["--bits", 3, "--outliers", 0.05, "--seed", 2])],
+    "all": [
+        ("prune", ["--method", "sparsegpt", "--sparsity", 0.4]),
+        ("sparsify", []),
+        ("quantize-kv", ["--bits", 2]),
+        ("sparsify", ["--sparsity", 0.25]),
+    ],
+    "again and backwards": [
+        ("quantize-kv", ["--method", "fp8"]),
+        ("sparsify", ["--method", "wina"]),
+        ("prune", ["--method", "wanda", "--sparsity", 0.3]),
+        ("prune", ["--method", "wanda", "--sparsity", 0.6]),
+        ("sparsify", ["--sparsity", 0.2]),
+    ],
+}
+
+
+@pytest.mark.parametrize("history", HISTORIES, ids=str)
 def test_a_manifest_makes_its_checkpoint_again(
-    cli: Cli, tiny: Tiny, tmp_path: Path, recipe: dict[str, Any]
+    cli: Cli, tiny: Tiny, tmp_path: Path, text_file: Path, history: str
 ) -> None:
-    del recipe["quantize-kv"]
-    one, two = tmp_path / "one", tmp_path / "two"
-    options = ["--device", "cpu", "-q"]
-    given = write(tmp_path / "r", recipe)
-    assert cli("compress", tiny(), "-o", one, "--recipe", given, *options).exit_code == 0
-    again = cli("compress", tiny(), "-o", two, "--recipe", one / "llmsqueeze.json", *options)
-    assert again.exit_code == 0, again.stderr
-    assert same(one, two)
+    calibration = ["--calib", text_file, "--samples", 4, "--seqlen", 24, "--device", "cpu"]
+    source = tiny()
+    for index, (command, options) in enumerate(HISTORIES[history]):
+        out = tmp_path / str(index)
+        # Other thresholds are only read off stored curves where nothing else is asked for.
+        plain = command == "convert" or (index and set(options[::2]) == {"--sparsity"})
+        gates = command == "sparsify" and plain and Checkpoint(source).activation
+        bare = command == "convert" or gates or {"rotate", "fp8"} & set(options)
+        given = [*options, *([] if bare else calibration), "-q"]
+        result = cli(command, source, "-o", out, *given)
+        assert result.exit_code == 0, result.stderr
+        source = out
+    made, again = source / "llmsqueeze.json", tmp_path / "again"
+    options = ["--device", "cpu", "-q", "--json"]
+    result = cli("compress", tiny(), "-o", again, "--recipe", made, *options)
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["reproduced"] is True
+    assert same(source, again)
+    steps = [json.loads(p.read_text())["steps"] for p in (made, again / "llmsqueeze.json")]
+    kept = [[(s["command"], s["recipe"]) for s in given] for given in steps]
+    for one, two in zip(*kept, strict=True):
+        # Precision is said where it was left to the machine; all else is the same.
+        both = [{**recipe, "dtype": None} for _, recipe in (one, two)]
+        assert one[0] == two[0] and both[0] == both[1]
+    validator = jsonschema.Draft202012Validator(recipe_schema())
+    for file in (made, again / "llmsqueeze.json"):
+        validator.validate(json.loads(file.read_text()))
+    wrong = json.loads(made.read_text())
+    wrong["steps"][0]["recipe"]["sparsty"] = 1
+    assert not validator.is_valid(wrong)
+
+
+def test_what_is_not_the_same_is_named(
+    cli: Cli, tiny: Tiny, tmp_path: Path, text_file: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(text_file.read_text())
+    args = ["--set", f"sparsify.calibration={{text: {text}, samples: 2, seqlen: 24}}"]
+    options = ["--device", "cpu", "-q", "--json"]
+    one = tmp_path / "one"
+    assert cli("compress", tiny(), "-o", one, *args, *options).exit_code == 0
+    text.write_text("other " + text.read_text())
+    made = ["--recipe", one / "llmsqueeze.json", *options]
+    document = json.loads(cli("compress", tiny(), "-o", tmp_path / "two", *made).stdout)
+    assert document["reproduced"] is False
+    assert document["differences"] == [
+        "other bytes in thresholds", "sparsify: another calibration text"
+    ]  # fmt: skip
+    result = cli("compress", tiny(), "-o", tmp_path / "four", *made, "--set", "prune.order=block")
+    assert result.exit_code == 2 and "leave" in result.stderr
 
 
 def test_a_step_without_settings_takes_its_defaults() -> None:
@@ -103,8 +177,15 @@ def test_a_step_without_settings_takes_its_defaults() -> None:
         ({"prune": {"metod": "wanda"}}, "metod"),
         ({"sparsify": {"method": None, "sparsity": 0.5}}, "stored curves"),
         (
-            {"format_version": 1, "steps": [{"command": "prune", "recipe": {}}] * 2},
-            "prune is there twice",
+            {"format_version": 1, "steps": [{"command": "squeeze", "recipe": {}}]},
+            "'squeeze' is no step",
+        ),
+        (
+            {
+                "format_version": 1,
+                "steps": [{"command": "sparsify", "recipe": {"method": None, "sparsity": 0.5}}],
+            },
+            "stored curves",
         ),
     ],
 )

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.activation import Policy
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.ops import gate, gated_linear
+from llmsqueeze.policy import Policy
 from llmsqueeze.runtime.gates import GatedLinear, GateParts, Gating, install
 from tests.conftest import compile_whole, tiny_model
 

@@ -182,8 +182,8 @@ def _swiglu(y: torch.Tensor) -> torch.Tensor:
     return (gate_ / (1 + (-gate_).exp()) * up).flatten(-2)
 
 
-# As much as rounding the result alone costs: bf16 2^-9 / sqrt(3), fp16 an eighth of that.
-ROUNDING = {torch.bfloat16: 2.5e-3, torch.float16: 4e-4}
+# What one rounding changes a value by at most; sixteen values may all be among the worst.
+ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 @pytest.mark.parametrize("dtype", list(ROUNDING))
@@ -208,7 +208,9 @@ def test_kernels_find_the_product(
             assert _off(y, expected) < ROUNDING[dtype], tokens
             assert torch.equal(y, linear(x))
             residual = torch.randn(tokens, rows, device="cuda").to(dtype)
-            assert _off(linear(x, residual), expected + residual.double()) < ROUNDING[dtype], tokens
+            # Bias and residual are rounded to one addend first.
+            limit = ROUNDING[dtype] * (1 if bias is None else 1.25)
+            assert _off(linear(x, residual), expected + residual.double()) < limit, tokens
     if rows % 16 == 0:
         paired = (Sparse24Linear if pattern == "2:4" else GapLinear)(weight, bias, glu=True)
         for tokens in (1, 2, 3, 4, 5, 8, 9, 16, 31, 64, 65):
@@ -678,3 +680,5 @@ def test_a_cache_in_tiles_decodes_in_a_graph(name: str) -> None:
     options |= cache_options(model, fixed_cache(model, 64, formats))
     generated = model.generate(ids[None], max_new_tokens=12, **options)[0, len(ids) :]
     assert generated[:3].tolist() == twice[0][:3]
+    compiled = Decoder(model, 64, compiled=True, formats=formats)
+    assert [int(token) for token in compiled.generate(PROMPT, 12)][:3] == twice[0][:3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,7 +23,8 @@ from llmsqueeze.numerics.kv_codecs import (
 from llmsqueeze.numerics.kv_constants import Angles
 from llmsqueeze.numerics.kv_tiles import TileFormat
 from llmsqueeze.numerics.rope import unrotate
-from llmsqueeze.ops.packed_append import encoding_books, feedback_constants
+from llmsqueeze.ops import kv_append
+from llmsqueeze.ops.packed_append import coding_angles, encoding_books, feedback_constants
 
 HEADS, COUNT = 3, 37
 
@@ -67,7 +69,7 @@ def constants(
         if keys.feedback:
             found["order"], found["steps"] = feedback_constants(keys.feedback)
         table = cos_sin(torch.arange(16 * capacity), format.rotary or 2)
-        found["angles"] = Angles.of(*table, format).table
+        found["angles"] = coding_angles(Angles.of(*table, format))
     return {n: t if t is None else t.contiguous().to(device) for n, t in found.items()}
 
 
@@ -81,11 +83,12 @@ CASES = [
 def one_by_one(
     key: Tensor, value: Tensor, tiles: Tensor, format: TileFormat, known: dict[str, Any],
     padding: Tensor | None = None, sinks: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
+    append: Callable[..., None] = torch.ops.llmsqueeze.kv_append,
 ) -> None:  # fmt: skip
     length = torch.zeros(1, dtype=torch.int32, device=key.device)
     for token in range(key.shape[2]):
         length += 1
-        torch.ops.llmsqueeze.kv_append(
+        append(
             key[:, :, token : token + 1], value[:, :, token : token + 1], tiles, length, padding,
             known["books"], known["offset"], known["scale"], known["order"], known["steps"],
             known["angles"], *sinks, format.arguments(),
@@ -93,7 +96,10 @@ def one_by_one(
 
 
 @pytest.mark.parametrize(("kind", "bits", "width", "slots"), CASES)
-def test_tokens_are_coded_as_all_at_once(kind: str, bits: int, width: int, slots: int) -> None:
+@pytest.mark.parametrize("append", [torch.ops.llmsqueeze.kv_append, kv_append])
+def test_tokens_are_coded_as_all_at_once(
+    kind: str, bits: int, width: int, slots: int, append: Callable[..., None]
+) -> None:
     keys, values = codecs(kind, bits, width, slots)
     rotary = width // 2 if width == 128 else width
     format = TileFormat.of(keys, values, width, rotary if kind in ("kvquant", "plain") else 0)
@@ -110,7 +116,7 @@ def test_tokens_are_coded_as_all_at_once(kind: str, bits: int, width: int, slots
         cos, sin = (torch.stack(t)[:, None] for t in zip(*tables, strict=True))
         arriving = unrotate(arriving, cos, sin)
     sinks = torch.zeros(2, 2, HEADS, 4, width).bfloat16()
-    one_by_one(key, value, tiles, format, known, padding, (sinks[0], sinks[1]))
+    one_by_one(key, value, tiles, format, known, padding, (sinks[0], sinks[1]), append)
     kv_tiles.write(expected, format, 0, keys.encode(arriving), values.encode(value))
     for x, kept in zip((key, value), sinks, strict=True):
         assert torch.equal(kept[0], x[0, :, :4]) and torch.equal(kept[1], x[1, :, 5:9])

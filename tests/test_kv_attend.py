@@ -147,16 +147,16 @@ def query_for(case: Case, group: int, dtype: torch.dtype, seed: int = 1) -> Tens
 
 
 def off(case: Case, group: int, window: int = 0, dtype: torch.dtype = torch.float32) -> float:
-    """Relative error of the operator against fp64."""
+    """Relative error against fp64: of the operator, on a CPU the larger of its and the reference's."""
     q = query_for(case, group, dtype)
     scale = case.format.width**-0.5
     arguments = case.arguments(q, window, scale)
-    found = torch.ops.llmsqueeze.kv_attend(*arguments)
+    found = [torch.ops.llmsqueeze.kv_attend(*arguments)]
     if not q.is_cuda:
-        assert torch.equal(found, kv_attend(*arguments))  # type: ignore[arg-type]
+        found.append(kv_attend(*arguments))  # type: ignore[arg-type]
     expected = case.expected(q, window, scale)
-    assert found.shape == expected.shape and found.dtype == dtype
-    return float((found.double() - expected).norm() / expected.norm())
+    assert all(y.shape == expected.shape and y.dtype == dtype for y in found)
+    return max(float((y.double() - expected).norm() / expected.norm()) for y in found)
 
 
 KINDS = [

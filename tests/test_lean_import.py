@@ -8,7 +8,8 @@ import sys
 import pytest
 
 REPORT = (
-    "import sys; print(sorted(m for m in ('torch', 'transformers', 'numpy') if m in sys.modules))"
+    "import sys; heavy = ('torch', 'transformers', 'numpy', 'lm_eval', 'datasets');"
+    "print(sorted(m for m in heavy if m in sys.modules))"
 )
 
 
@@ -26,6 +27,9 @@ def loaded(code: str) -> str:
         "import llmsqueeze",
         "import llmsqueeze.cli as c; c.cli.main(['--help'], standalone_mode=False)",
         "import llmsqueeze.cli as c; c.cli.main(['prune', '--help'], standalone_mode=False)",
+        "import llmsqueeze.cli as c; c.cli.main(['eval', '--help'], standalone_mode=False)",
+        "import llmsqueeze.cli as c; c.cli.main(['recipe', 'schema'], standalone_mode=False)",
+        "import llmsqueeze.cli as c; c.recipe.main(['show', '--preset=fastest'], standalone_mode=False)",
         "from llmsqueeze.methods import *; [weight_method(m) for m in WEIGHT_METHODS]",
     ],
 )

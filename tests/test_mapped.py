@@ -11,12 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmsqueeze import artifact
+from llmsqueeze.bench_model import formats_of, operator_error
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.numerics.packing import check_bitmask, pack_bitmask
 from llmsqueeze.ops import cpu
 from llmsqueeze.runtime import load, mapped
 from llmsqueeze.runtime.generate import Decoder
+from llmsqueeze.runtime.linears import use_kernels
 from llmsqueeze.runtime.packed import BitmaskLinear, DenseLinear, StoredEmbedding
 from tests.conftest import TINY
 from tests.test_cpu_kernels import IDS, logits, off
@@ -63,6 +65,72 @@ def test_a_mapped_model_computes_the_same(
         assert torch.equal(model.generate(IDS, **asked), dense.generate(IDS, **asked))
     with pytest.raises(RuntimeError, match="cannot be saved"):
         model.save_pretrained(checkpoint.path / "out")
+
+
+@pytest.fixture
+def made(cli: Callable[..., Any], tiny: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Checkpoints by what was done to them: of eight bits, with gates, pruned or not."""
+
+    def make(what: str) -> Path:
+        path = tiny("llama")
+        steps: dict[str, tuple[Any, ...]] = {
+            "pruned": ("prune", "--method", "magnitude", "--sparsity", 0.5),
+            "int8": ("convert", "--to", "llmsqueeze", "--encode", "int8"),
+            "gated": ("sparsify", "--sparsity", 0.5, "--allocation", "uniform", "--samples", 2,
+                      "--seqlen", 16, "--calib", tmp_path / "text.txt"),
+            "chess": ("sparsify", "--method", "chess", "--sparsity", 0.5, "--allocation", "uniform",
+                      "--samples", 2, "--seqlen", 16, "--calib", tmp_path / "text.txt"),
+        }  # fmt: skip
+        (tmp_path / "text.txt").write_text(
+            "the cat sat on the mat and the dog ran to the sea. " * 9
+        )
+        for step in what.split("+"):
+            command, *options = steps[step]
+            out = tmp_path / f"{what}-{step}"
+            result = cli(command, path, "-o", out, *options, "-q")
+            assert result.exit_code == 0, result.stderr
+            path = out
+        return path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "what, format",
+    [
+        ("int8", "int8"),
+        ("gated", "gated"),
+        ("pruned+gated", "gated bitmask"),
+        ("int8+gated", "gated int8"),
+        ("pruned+chess", "gated bitmask"),
+    ],
+)
+def test_eight_bits_and_gates_without_a_dense_model(
+    made: Callable[..., Path], what: str, format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint(made(what))
+    # Made dense, codes times their scale would be rounded to 16 bits, which moves inputs over thresholds.
+    copied = load(checkpoint, torch.float32, CPU)
+    use_kernels(copied)
+    together: list[int] = []
+    read = Checkpoint.read
+
+    def reading(self: Checkpoint, names: Any) -> Any:
+        found = read(self, names)
+        together.append(len(found))
+        return found
+
+    monkeypatch.setattr(Checkpoint, "read", reading)
+    monkeypatch.setattr(
+        "transformers.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("dense")
+    )
+    model = load(checkpoint, torch.float32, CPU, kernels=True)
+    assert set(together) == {1}
+    assert format in formats_of(model)
+    for ids in (IDS, IDS[:1, :1], torch.arange(30)[None]):
+        assert off(logits(model, ids), logits(copied, ids).double()) < 1e-5
+    assert operator_error(model, IDS[0])[0] < 1e-2
+    assert not any(parameter.is_meta for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.activation import Policy
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
 from llmsqueeze.numerics.masks import keep_nm, keep_nm_out, keep_tiles
 from llmsqueeze.ops import in_pairs, input_major, swiglu
+from llmsqueeze.policy import Policy
 from llmsqueeze.runtime import mlp
 from llmsqueeze.runtime.gates import GateParts, install
 from llmsqueeze.runtime.linears import pack_linears

@@ -12,7 +12,8 @@ import yaml
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.methods import ALLOCATIONS, REFITS, WEIGHT_METHODS
 from llmsqueeze.prune_command import build_recipe
-from llmsqueeze.recipe import PruneRecipe, read_recipe
+from llmsqueeze.recipe import PruneRecipe
+from llmsqueeze.recipe_file import read_recipe
 
 PATTERNS: list[dict[str, Any]] = [
     {"sparsity": 0.6, "pattern": "unstructured"},
@@ -47,7 +48,7 @@ def test_default_is_the_best_and_a_named_method_is_as_published() -> None:
         ({"metod": "wanda"}, "metod"),
         ({"method": "wander"}, "wander"),
         ({"target": {"sparsty": 0.5}}, "sparsty"),
-        ({"target": [1]}, "target is not a mapping"),
+        ({"target": [1]}, "target: not a mapping"),
         ({"target": {"sparsity": "half"}}, "recipe:"),
         ({"calibration": {"sample": 3}}, "sample"),
         ({"config": {"damping": 1.0}}, "admm has no setting 'damping'"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.activation import Policy
+from llmsqueeze.policy import Policy
 from llmsqueeze.runtime import residual
 from llmsqueeze.runtime.gates import GateParts, install
 from llmsqueeze.runtime.linears import pack_linears

@@ -15,7 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmsqueeze import doctor, ops
 from llmsqueeze.ops import cpu, cuda, kernels
+from tests.conftest import tiny_model
 
+LIBRARY = cpu.library
 Cli = Callable[..., Any]
 Tiny = Callable[..., Path]
 
@@ -85,6 +87,36 @@ def test_a_quantised_cache_is_used(
     assert len(calls) == 1
 
 
+def test_a_quantised_cache_is_read_as_it_lies(
+    cli: Cli, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wide, out = tmp_path / "wide", tmp_path / "kv"
+    tiny_model(head_dim=64).save_pretrained(wide)
+    AutoTokenizer.from_pretrained(tiny()).save_pretrained(wide)
+    made = cli("quantize-kv", wide, "-o", out, "--method", "rotate", "--bits", 4, "-q")
+    assert made.exit_code == 0, made.stderr
+    from llmsqueeze.runtime.tiles import TiledLayer
+
+    calls: list[Any] = []
+    own = TiledLayer.attend
+    monkeypatch.setattr(TiledLayer, "attend", lambda *given: calls.append(1) or own(*given))
+    options = ["line", "--tokens", 5, "--device", "cpu", "--json"]
+    unpacked = "the KV cache is unpacked at every step"
+    for flags, built in (((), True), ((), False), (("--backend", "reference"), True)):
+        if not built:
+            monkeypatch.setattr(cpu, "library", lambda: None)
+        elif cpu.library() is None:
+            continue
+        result = cli("run", out, *options, *flags)
+        assert result.exit_code == 0, result.stderr
+        read = built and not flags
+        # A prompt gives the first token; the last one is not read any more.
+        assert len(calls) == (3 * (json.loads(result.stdout)["tokens"] - 1) if read else 0)
+        assert (unpacked in result.stderr) == (not built)
+        calls.clear()
+        monkeypatch.setattr(cpu, "library", LIBRARY)
+
+
 def test_the_prompt_can_be_piped_in(cli: Cli, tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ["--tokens", 3, "--device", "cpu", "-q"]
     given = cli("run", tiny(), "line 4", *options).stdout
@@ -135,8 +167,9 @@ def test_doctor_says_what_is_there(
     assert document["versions"]["torch"] == torch.__version__
     on_cpu = [check for check in document["checks"] if check["device"] == "cpu"]
     launched = {name for name, f in vars(kernels).items() if inspect.isfunction(f)}
-    operators = {n for n in launched & vars(ops).keys() if n.endswith("_linear")} | {"attend"}
-    assert len(operators) == 9
+    operators = {n for n in launched & vars(ops).keys() if n.endswith("_linear")}
+    operators |= {"attend", "kv_append, kv_attend"}
+    assert len(operators) == 10
     # Of the CPU alone.
     operators |= {"bitmask_linear", "dense_linear", "gated_bitmask_linear", "panels_linear"}
     assert document["cpu_kernels"] == cpu.instructions()

@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from llmsqueeze.activation import Policy, thresholds
+from llmsqueeze.activation import thresholds
 from llmsqueeze.artifact import MANIFEST_NAME
 from llmsqueeze.blocks import cut_batches, find_groups, load_blocks
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.gate_calibration import calibrate_block, choose_gates
+from llmsqueeze.policy import Policy
 from llmsqueeze.rotation import rotate
 from llmsqueeze.runtime import load
 from llmsqueeze.runtime.gates import GatedLinear, gating_of

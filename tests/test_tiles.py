@@ -11,11 +11,12 @@ from torch import Tensor
 import llmsqueeze
 from llmsqueeze.errors import EnvironmentFault, RecipeError
 from llmsqueeze.evaluate import cache_options
+from llmsqueeze.ops import cpu
 from llmsqueeze.runtime import kv_cache
 from llmsqueeze.runtime.generate import Decoder, fixed_cache
 from llmsqueeze.runtime.kv_cache import LayerFormat, packed_cache, parse_format
 from llmsqueeze.runtime.tiles import TiledLayer
-from tests.conftest import tiny_model
+from tests.conftest import compile_whole, tiny_model
 from tests.test_kv_append import codecs
 
 # Heads 64 wide, three of them for six queries' heads.
@@ -23,8 +24,8 @@ WIDE = {"hidden_size": 48, "head_dim": 64, "num_attention_heads": 6, "num_key_va
 PROMPT = torch.arange(5, 24)
 
 
-def wide_model(family: str = "llama") -> Any:
-    return tiny_model(family, **WIDE)
+def wide_model(family: str = "llama", **changes: Any) -> Any:
+    return tiny_model(family, **WIDE, **changes)
 
 
 def format_of(name: str, sinks: int = 0) -> LayerFormat:
@@ -61,7 +62,7 @@ def test_tokens_see_what_the_packed_cache_gives_back(family: str, name: str, sin
     found = stepwise(model, decoder.cache, PROMPT)
     assert all(isinstance(layer, TiledLayer) for layer in decoder.cache.layers)
     # A number at the border of two codes may be given either, for which 2 and 3 bits are coarse.
-    assert float((found - expected).norm()) < 0.2 * float((expected - exact).norm())
+    assert float((found - expected).norm()) < 0.25 * float((expected - exact).norm())
 
 
 @pytest.mark.parametrize("name", ["rotate:4", "kvquant:3"])
@@ -136,12 +137,73 @@ def test_generate_takes_it() -> None:
     options |= cache_options(model, fixed_cache(model, 64, formats))
     with pytest.raises(EnvironmentFault, match="without padding"):
         model.generate(both, attention_mask=padded, max_new_tokens=2, **options)
-    with pytest.raises(EnvironmentFault, match="--no-compile"):
-        Decoder(model, 64, compiled=True, formats=model.llmsqueeze_kv_formats)
-    with pytest.raises(EnvironmentFault, match="on CUDA in bfloat16"):
-        llmsqueeze.kv_cache(model, tokens=64)
     options |= cache_options(model, fixed_cache(model, 30, formats))
     with pytest.raises(ValueError, match=r"32 \+ 1 tokens do not fit a cache of 32"):
         model.generate(PROMPT[None], max_new_tokens=20, **options)
     with pytest.raises(RecipeError, match="quantize-kv"):
         llmsqueeze.kv_cache(wide_model(), tokens=64)
+
+
+def test_a_step_compiles_whole() -> None:
+    model = wide_model()
+    formats = dict.fromkeys(range(model.config.num_hidden_layers), format_of("kvquant:4", 2))
+    decoder = Decoder(model, 64, formats=formats)
+    options = cache_options(model, decoder.cache)
+    found = []
+    for step in (model, compile_whole(model)):
+        decoder.cache.reset()
+        with torch.no_grad():
+            model(PROMPT[None, :10], **options)
+            steps = [step(PROMPT[None, i : i + 1], **options).logits for i in range(10, 19)]
+        found.append(torch.cat(steps))
+    assert torch.allclose(*found, atol=1e-5)
+    # torch.compile may go wrong where an argument lies within another.
+    for layer in decoder.cache.layers:
+        assert all(sinks.storage_offset() == 0 for sinks in layer.sinks)
+
+
+def test_a_cache_of_so_many_tokens_needs_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wide_model()
+    kv_cache.attach(model, dict.fromkeys(range(model.config.num_hidden_layers), format_of("fp8")))
+    monkeypatch.setattr(cpu, "library", lambda: object())
+    cache = llmsqueeze.kv_cache(model, tokens=64)
+    assert all(isinstance(layer, TiledLayer) for layer in cache.layers)
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    with pytest.raises(EnvironmentFault, match=r"on a CPU where there was a C\+\+ compiler"):
+        llmsqueeze.kv_cache(model, tokens=64)
+
+
+@pytest.mark.parametrize("name", ["fp8", "rotate:4", "kvquant:4"])
+def test_the_same_tokens_follow_as_by_the_packed_cache(name: str) -> None:
+    """Where one token leads by more than what the logits of both caches differ."""
+    model = wide_model()
+    formats = dict.fromkeys(range(model.config.num_hidden_layers), format_of(name))
+    ids, count = PROMPT, 12
+    for _ in range(count):  # greedy, by the packed cache
+        logits = stepwise(model, packed_cache(model, formats), ids)
+        ids = torch.cat([ids, logits[-1:].argmax(-1)])
+    model.set_attn_implementation("sdpa")
+    found = stepwise(model, Decoder(model, 64, formats=formats).cache, ids[:-1])
+    answers, wanted = (x[len(PROMPT) - 1 :] for x in (found, logits))
+    one, two = wanted.topk(2).values.unbind(-1)
+    clear = one - two > 2 * (answers - wanted).abs().amax(-1)
+    assert int(clear.sum()) > count // 2
+    assert torch.equal(answers.argmax(-1)[clear], wanted.argmax(-1)[clear])
+
+
+def test_attention_factors_are_taken_off_new_keys() -> None:
+    """YaRN's: tokens read one by one are coded as those of a prompt."""
+    rope = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4}
+    rope["original_max_position_embeddings"] = 64
+    model = wide_model(rope_parameters=rope)
+    assert model.model.rotary_emb.attention_scaling > 1.1
+    formats = dict.fromkeys(range(model.config.num_hidden_layers), format_of("kvquant:4"))
+    decoder = Decoder(model, 40, formats=formats)
+    tiles = []
+    for step in (len(PROMPT), 1):
+        decoder.cache.reset()
+        with torch.no_grad():
+            for part in PROMPT.split(step):
+                model(part[None], **cache_options(model, decoder.cache))
+        tiles.append(decoder.cache.layers[0].tiles.clone())
+    assert float((tiles[0] != tiles[1]).float().mean()) < 1e-3

@@ -55,13 +55,17 @@ CHUNK = 1 << 25
 class Config:
     initial: str = field(
         default="wanda",
-        metadata={"help": "mask to start from: magnitude (within rows), wanda or sparsegpt"},
+        metadata={
+            "help": "mask to start from: magnitude (within rows), wanda or sparsegpt",
+            "choices": INITIAL,
+        },
     )
     swap: str = field(
         default="guarded",
         metadata={
             "help": "what swaps must lower: guarded (the mean output error), quadratic (the "
-            "squared one) or released (the published code: nothing)"
+            "squared one) or released (the published code: nothing)",
+            "choices": SWAP,
         },
     )
     cycles: int = field(default=50, metadata={"help": "swaps per row, at most"})

@@ -32,7 +32,11 @@ class Config:
     """Defaults are those of the PATCH code, which trained on 2 billion tokens."""
 
     mode: str = field(
-        default="tile", metadata={"help": "tile: learn which tiles stay dense; joint: 2:4 as well"}
+        default="tile",
+        metadata={
+            "help": "tile: learn which tiles stay dense; joint: 2:4 as well",
+            "choices": MODES,
+        },
     )
     steps: int = field(default=2000, metadata={"help": "updates of the logits"})
     lr: float = field(default=1e-3, metadata={"help": "highest learning rate, after the warm-up"})

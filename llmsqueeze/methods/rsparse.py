@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from llmsqueeze.numerics.histogram import MagnitudeHistogram
 
+SVDS = ("auto", "exact", "randomized")
 # Tried for every gate; the one with the smallest error of the linear's output is taken.
 RATIOS = (1.0, 0.98, 0.95, 0.9, 0.8, 0.65, 0.5)
 # Wider inputs get a randomised decomposition unless an exact one is asked for.
@@ -37,15 +38,18 @@ class Config:
     )
     rsparse_svd: str = field(
         default="auto",
-        metadata={"help": f"exact, randomized, or auto: exact up to {EXACT_WIDTH} inputs"},
+        metadata={
+            "help": f"exact, randomized, or auto: exact up to {EXACT_WIDTH} inputs",
+            "choices": SVDS,
+        },
     )
 
     def __post_init__(self) -> None:
         if not 0 <= self.rsparse_ratio <= 1:
             raise RecipeError(f"--rsparse-ratio {self.rsparse_ratio} is outside [0, 1]")
-        if self.rsparse_svd not in ("auto", "exact", "randomized"):
+        if self.rsparse_svd not in SVDS:
             raise RecipeError(
-                f"unknown --rsparse-svd {self.rsparse_svd!r}; choose from auto, exact, randomized"
+                f"unknown --rsparse-svd {self.rsparse_svd!r}; choose from {', '.join(SVDS)}"
             )
 
 

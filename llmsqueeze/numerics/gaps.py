@@ -3,9 +3,10 @@
 A gap counts the zeros before a non-zero, in 3 or 4 bits; a longer one is bridged by stored zeros. Every row
 is divided into as many parts of equal length as lanes work on it; a part is whole blocks of 40 (3 bits) or
 32 (4 bits) entries: values of 16 bits, then the gaps in words of 32 bits. A warp's lanes have rows in turn,
-and where lanes share rows, upper lanes the parts behind those of lower ones in all warps: so blocks of one
-warp after another go once through the columns of every lane. Rows with fewer entries than others get zeros
-between their non-zeros too, so that all lanes of a warp are about where the others are.
+and where lanes share rows, upper lanes the parts behind those of lower ones. All lanes take a block at every
+turn: turns go once through the columns of every lane, and are for any number of warps to share. Rows with
+fewer entries than others get zeros between their non-zeros too, so that all lanes of a warp are about where
+the others are.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from torch.nn.functional import pad
 LANES = 32
 # Where a part begins is stored in 16 bits.
 MAX_COLUMNS = 60_000
-# Warps to a slice: two blocks of so many fit a multiprocessor; fewer keep too few loads in flight.
-LEAST_WARPS, MOST_WARPS = 10, 14
-# Turns that a round of gaps_tensor.cu may have: warps that take the blocks of a slice one after another.
+# Bits of a gap → warps of the kernel for few tokens, in one block or several, that fit a multiprocessor.
+MOST_WARPS = {3: 28, 4: 32}
+LEAST_WARPS = 6
+# Turns that a round of gaps_tensor.cu may have: warps that take one after another.
 TURNS = tuple(range(2, 17))
 # Columns that it multiplies at a time.
 UNIT = 32
@@ -32,7 +34,8 @@ PANEL = 2048
 
 @dataclass(frozen=True)
 class Shape:
-    """How rows are divided. bits: of a gap; parts: lanes to a row; warps: to a slice of 32 / parts rows."""
+    """How rows are divided. bits: of a gap; parts: lanes to a row; warps: that share the turns of a slice of
+    32 / parts rows when tokens are few."""
 
     bits: int
     parts: int
@@ -53,11 +56,11 @@ class Shape:
 class Gaps:
     """A packed matrix.
 
-    stream: [blocks of all slices · warps, quads, 32, 4] int32; starts: [as many, 32] uint16, the column at
-    which a lane's block begins; first: [slices + 1] int32, blocks of one warp before each slice; order:
-    [slices · rows of one] int32, which row is where, -1 for none; blocks: of every warp of a slice, 0 if
-    slices differ; reach: columns that a lane may touch, those beyond the last being zero; spans: for each of
-    TURNS, within how many columns a round of so many blocks stays, from the unit that the slowest lane is in.
+    stream: [turns of all slices, quads, 32, 4] int32; starts: [as many, 32] uint16, the column at which a
+    lane's block begins; first: [slices + 1] int32, turns before each slice; order: [slices · rows of one]
+    int32, which row is where, -1 for none; turns: of every slice, 0 if slices differ; reach: columns that a
+    lane may touch, those beyond the last being zero; spans: for each of TURNS, within how many columns a
+    round of so many turns stays, from the unit that the slowest lane is in.
     """
 
     shape: Shape
@@ -65,40 +68,57 @@ class Gaps:
     starts: Tensor
     first: Tensor
     order: Tensor
-    blocks: int
+    turns: int
     reach: int
     spans: tuple[int, ...]
+
+    def moved(self) -> Tensor | None:
+        """order, or None where every row is in its own place."""
+        own = torch.arange(int((self.order >= 0).sum()), device=self.order.device)
+        return None if torch.equal(self.order[: len(own)], own.int()) else self.order
 
     def arguments(self) -> tuple[int, int, int, int, int, list[int]]:
         """What the operator gap_linear is told besides tensors."""
         shape = self.shape
-        return shape.bits, shape.parts, shape.warps, self.blocks, self.reach, list(self.spans)
+        return shape.bits, shape.parts, shape.warps, self.turns, self.reach, list(self.spans)
 
 
 def choose_shape(longest: Mapping[int, int], rows: int, multiprocessors: int = 132) -> Shape:
-    """The shape whose kernel is expected to be fastest.
+    """The shape whose kernels are expected to be fastest.
 
-    longest: bits of a gap → entries of the longest row, bridging zeros included. The weights were fitted on
-    an H100, sparsities of 50 to 70 %, matrices of 4096 to 28672 rows: what counts is the bytes that are
-    read, and that enough warps keep loads in flight.
+    longest: bits of a gap → entries of the longest row, bridging zeros included. The microseconds were fitted
+    to 480 timings on an H100, 50 to 70 % of 1024 to 28672 rows and of 576 to 28672 columns being zero: what
+    they choose takes 1 % longer than the fastest on average, and 7 at most.
     """
-    waves = rows / LANES / (2 * multiprocessors)
 
-    def cost(shape: Shape) -> tuple[float, int]:
-        unit = shape.block * shape.parts * shape.warps
-        entry = 2 + shape.bits / 8 + (1 / 40 if shape.bits == 3 else 0)
-        bytes_read = -(-longest[shape.bits] // unit) * unit * entry
-        share = 1.0 if shape.parts == 2 else 1.15 if waves < 1 else 0.96 if waves < 2 else 1.03
-        return bytes_read * (1 + 0.015 * (MOST_WARPS - shape.warps)) * share, -shape.warps
+    def microseconds(shape: Shape) -> float:
+        turns = _turns_for(longest[shape.bits], shape)
+        slices = -(-rows // shape.rows)
+        megabytes = slices * turns * LANES * (2 * shape.block + 16) / 1e6
+        together = MOST_WARPS[shape.bits] // shape.warps
+        in_flight = min(slices / multiprocessors, together) * shape.warps
+        waves = -(-slices // (multiprocessors * together))
+        found = megabytes * (0.24 + 0.8 / in_flight) + waves * (
+            0.5 + 0.5 * -(-turns // shape.warps)
+        )
+        if shape.bits == 3 and together == 1:  # the next kernel finds no room to begin
+            found += 0.5
+        # Several tokens are faster with lanes on rows of their own: x is read half as often.
+        return found * (1.04 if shape.parts == 2 else 1)
 
+    # Of bits those that take fewer bytes.
+    bits = min(longest, key=lambda n: longest[n] * (2 + 16 / Shape(n, 1, 1).block))
     shapes = []
-    for bits in longest:
-        for parts in (1, 2):
-            most = -(-longest[bits] // (Shape(bits, parts, 1).block * parts))
-            fewest, top = (max(1, min(limit, most)) for limit in (LEAST_WARPS, MOST_WARPS))
-            for warps in range(fewest, top + 1):
-                shapes.append(Shape(bits, parts, warps))
-    return min(shapes, key=cost)
+    for parts in (1, 2):
+        turns = _turns_for(longest[bits], Shape(bits, parts, 1))
+        some = range(min(LEAST_WARPS, turns), min(MOST_WARPS[bits], turns) + 1)
+        # With as many turns to a warp fewer warps may do.
+        shapes += [Shape(bits, parts, -(-turns // -(-turns // n))) for n in some]
+    return min(shapes, key=microseconds)
+
+
+def _turns_for(entries: int, shape: Shape) -> int:
+    return max(1, -(-entries // (shape.block * shape.parts)))
 
 
 def pack_best(weight: Tensor, multiprocessors: int = 132, together: int = 1) -> Gaps:
@@ -118,7 +138,7 @@ def entries(weight: Tensor, bits: int) -> Tensor:
 def pack(weight: Tensor, shape: Shape, lengths: Tensor | None = None, together: int = 1) -> Gaps:
     """Of a [rows, columns] bf16 or fp16 matrix; ValueError beyond 60,000 columns.
 
-    lengths: of entries(), if they are known. Rows of like length are put together, when that saves blocks;
+    lengths: of entries(), if they are known. Rows of like length are put together, when that saves turns;
     together: of which so many stay as they are, 1 or 16. They divide the rows.
     """
     rows, columns = weight.shape
@@ -127,18 +147,18 @@ def pack(weight: Tensor, shape: Shape, lengths: Tensor | None = None, together: 
     if lengths is None:
         lengths = entries(weight, shape.bits)
     slices = -(-rows // shape.rows)
-    unit = shape.block * shape.parts * shape.warps
+    unit = shape.block * shape.parts
     order = torch.arange(slices * shape.rows, device=weight.device)
     order[rows:] = -1
-    need = _blocks(lengths, order, shape.rows, unit)
-    if int(need.min()) != int(need.max()):
+    need = _turns(lengths, order, shape.rows, unit)
+    # Slices of one length need no table to be found, nor an order; worth 2 % more bytes.
+    if not (uniform := _uniform(need)):
         longest_of = lengths.view(-1, together).amax(1)
         ranked = longest_of.argsort(descending=True, stable=True) * together
         order[:rows] = (ranked[:, None] + order[:together]).flatten()
-        need = _blocks(lengths, order, shape.rows, unit)
-    # Slices of one length need no table to be found; worth 2 % more bytes.
+        need = _turns(lengths, order, shape.rows, unit)
+        uniform = _uniform(need)
     longest = int(need.max())
-    uniform = longest * slices <= 1.02 * int(need.sum())
     if uniform:
         need = torch.full_like(need, longest)
     first = torch.zeros(slices + 1, dtype=torch.int64, device=weight.device)
@@ -163,7 +183,7 @@ def unpack(packed: Gaps, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     weight = torch.zeros(rows, columns, dtype=dtype, device=device)
     lanes = torch.arange(LANES, device=device)
     slices = torch.arange(len(packed.first) - 1, device=device)
-    slice_of = slices.repeat_interleave(packed.first.diff() * shape.warps)
+    slice_of = slices.repeat_interleave(packed.first.diff())
     per_word = shape.block // 4
     shifts = shape.bits * torch.arange(per_word, device=device)
     for begin in range(0, len(slice_of), PANEL):
@@ -181,14 +201,18 @@ def unpack(packed: Gaps, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return weight
 
 
-def _blocks(lengths: Tensor, order: Tensor, rows: int, unit: int) -> Tensor:
-    """Blocks that a warp of every slice needs."""
+def _turns(lengths: Tensor, order: Tensor, rows: int, unit: int) -> Tensor:
+    """Turns that every slice needs."""
     of_place = torch.where(order >= 0, lengths[order.clamp_min(0)], 0)
     return ((of_place.view(-1, rows).amax(1) + unit - 1) // unit).clamp_min(1)
 
 
+def _uniform(need: Tensor) -> bool:
+    return int(need.max()) * len(need) <= 1.02 * int(need.sum())
+
+
 def _runs(need: Tensor, most: int) -> Iterator[tuple[int, int]]:
-    """Ranges of slices that need equally many blocks, at most so many at once."""
+    """Ranges of slices that need equally many turns, at most so many at once."""
     counts = need.tolist()
     begin = 0
     for end in range(1, len(counts) + 1):
@@ -231,12 +255,12 @@ def _filled(nonzero: Tensor, spare: Tensor) -> Tensor:
 
 
 def _pack_slices(
-    weight: Tensor, order: Tensor, blocks: int, shape: Shape
+    weight: Tensor, order: Tensor, turns: int, shape: Shape
 ) -> tuple[Tensor, Tensor, int, list[int]]:
-    """Stream, starts, the columns that lanes reach, and spans, of slices of equally many blocks."""
+    """Stream, starts, the columns that lanes reach, and spans, of slices of equally many turns."""
     columns, device = weight.shape[1], weight.device
     part = weight[order.clamp_min(0)] * (order >= 0)[:, None]
-    turns, most = shape.warps * blocks, (1 << shape.bits) - 1
+    most = (1 << shape.bits) - 1
     total = shape.parts * turns * shape.block
     taken = part != 0
     rows, gap, entry, lengths = _columns(taken, shape.bits)
@@ -258,11 +282,12 @@ def _pack_slices(
     # What begins beyond the last column has no non-zero: it may begin right behind it. Else the short rows of
     # a slice would reach far, and so would what is held of x.
     starts = (steps.cumsum(1) - steps).clamp_max(columns)
-    along = steps.view(-1, blocks).sum(1)  # of what a lane goes through in one piece
-    reach = int((starts.reshape(-1, blocks)[:, 0] + along).max())
     # [slice, turn, half of the lanes, row]
     split = (-1, shape.rows, shape.parts, turns)
     starts, steps = (t.view(split).permute(0, 3, 2, 1) for t in (starts, steps))
+    piece = -(-turns // shape.warps)  # turns that a warp goes through without looking at starts
+    along = pad(steps, (0, 0) * 2 + (0, -turns % piece)).unflatten(1, (-1, piece)).sum(2)
+    reach = int((starts[:, ::piece] + along).max())
     ends = starts + steps
     # All columns are multiplied in the end, whole units at a time.
     ends[:, -1, -1].clamp_min_(columns)

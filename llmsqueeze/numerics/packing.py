@@ -37,6 +37,19 @@ def pack_bitmask(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return values.view(weight.dtype), mask, torch.from_numpy(row_offsets)
 
 
+def dense_tiles(mask: np.ndarray, size: int) -> np.ndarray:
+    """[tile rows, tile columns] bool: the square tiles that are not 2:4 along inputs.
+
+    mask: uint8 as above; size: weights along a side, a multiple of 4; edge tiles are ragged.
+    """
+    rows, groups = mask.shape[0], 2 * mask.shape[1]
+    # A byte is two groups of four columns.
+    over = np.stack([_BITS_OF_BYTE[mask & 15] > 2, _BITS_OF_BYTE[mask >> 4] > 2], axis=2)
+    over = np.logical_or.reduceat(over.reshape(rows, groups), np.arange(0, rows, size), axis=0)
+    found = np.logical_or.reduceat(over, np.arange(0, groups, size // 4), axis=1)
+    return np.asarray(found)
+
+
 def check_bitmask(values: Tensor, mask: Tensor, row_offsets: Tensor, columns: int) -> None:
     """ValueError if the three parts do not belong together: what reads them need not look again."""
     rows = mask.shape[0]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, panels, sparse24
 from llmsqueeze.numerics.packing import unpack_bitmask
-from llmsqueeze.ops import packed_append, packed_attention
+from llmsqueeze.ops import layer, packed_append, packed_attention
+from llmsqueeze.ops.layer import linears, linears_shape, rotate, rotate_shape
 from llmsqueeze.ops.packed_append import kv_append, kv_append_shape
 from llmsqueeze.ops.packed_attention import kv_attend, kv_attend_shape
 
@@ -47,7 +48,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "gap_linear(Tensor x, Tensor stream, Tensor starts, Tensor first, Tensor? order, Tensor? bias,"
-    " int rows, int bits, int parts, int warps, int blocks, int reach, int[] spans,"
+    " int rows, int bits, int parts, int warps, int turns, int reach, int[] spans,"
     " bool glu=False) -> Tensor"
 )
 _LIBRARY.define(
@@ -67,6 +68,8 @@ _LIBRARY.define(
 )
 _LIBRARY.define(packed_attention.SCHEMA)
 _LIBRARY.define(packed_append.SCHEMA)
+_LIBRARY.define(layer.LINEARS)
+_LIBRARY.define(layer.ROTATE)
 
 
 def gate(x: Tensor, threshold: Tensor) -> Tensor:
@@ -242,7 +245,7 @@ def mixed24_linear(
 
 def gap_linear(
     x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
-    rows: int, bits: int, parts: int, warps: int, blocks: int, reach: int, spans: list[int],
+    rows: int, bits: int, parts: int, warps: int, turns: int, reach: int, spans: list[int],
     glu: bool = False,
 ) -> Tensor:  # fmt: skip
     """W x + b for W as numerics.gaps.pack lays it out. x: [..., columns]; returns [..., rows].
@@ -253,7 +256,7 @@ def gap_linear(
         order = torch.arange((len(first) - 1) * (gaps.LANES // parts), device=x.device)
         order[rows:] = -1
     shape = gaps.Shape(bits, parts, warps)
-    packed = gaps.Gaps(shape, stream, starts, first, order, blocks, reach, tuple(spans))
+    packed = gaps.Gaps(shape, stream, starts, first, order, turns, reach, tuple(spans))
     y = linear(x, gaps.unpack(packed, rows, x.shape[-1], x.dtype), bias)
     return swiglu(y) if glu else y
 
@@ -392,7 +395,7 @@ def _mixed24_shape(
 
 def _gap_shape(
     x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
-    rows: int, bits: int, parts: int, warps: int, blocks: int, reach: int, spans: list[int],
+    rows: int, bits: int, parts: int, warps: int, turns: int, reach: int, spans: list[int],
     glu: bool = False,
 ) -> Tensor:  # fmt: skip
     return _like(x, rows, glu)
@@ -457,11 +460,13 @@ for _function, _shape, *_kernels in (
     (sparse24_linear, _sparse24_shape, _CUDA),
     (mixed24_linear, _mixed24_shape, _CUDA),
     (gap_linear, _gap_shape, _CUDA),
-    (attend, _attend_shape, _CUDA),
-    (kv_attend, kv_attend_shape, _CUDA),
-    (kv_append, kv_append_shape, _CUDA),
+    (attend, _attend_shape, _CUDA, _CPU),
+    (kv_attend, kv_attend_shape, _CUDA, _CPU),
+    (kv_append, kv_append_shape, _CUDA, _CPU),
     (bitmask_linear, _bitmask_shape, _CPU),
     (dense_linear, _dense_shape, _CPU),
+    (linears, linears_shape, _CPU),
+    (rotate, rotate_shape, _CPU),
     (gated_bitmask_linear, _gated_bitmask_shape, _CPU),
     (panels_linear, _panels_shape, _CPU),
 ):

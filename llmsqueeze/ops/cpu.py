@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import ops
-from llmsqueeze.numerics import int8
+from llmsqueeze.numerics import int8, kv_tiles
+from llmsqueeze.ops import layer
 
 # Instruction sets of the code in kernels.
 INSTRUCTIONS = ("portable", "AVX2", "AVX-512")
@@ -37,12 +38,17 @@ def library() -> ctypes.CDLL | None:
     loaded = ctypes.CDLL(str(found[0]))
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for name, arguments in {
-        "bitmask_linear": [pointer] * 6 + [size] * 3 + [number] * 3,
-        "dense_linear": [pointer] * 4 + [size] * 3 + [number] * 3,
+        "linears": [pointer, size, pointer, ctypes.c_float] + [pointer] * 4
+        + [size] * 2 + [number] * 4,
+        "attend": [pointer] * 6 + [size, pointer] + [size] * 5 + [ctypes.c_float] + [number] * 3,
+        "rotate": [pointer, size, pointer, pointer, size, pointer] + [size] * 3,
         "bitmask_expand": [pointer] * 4 + [size] * 3 + [number] * 4,
         "gated_linear": [pointer, size, pointer, size] + [pointer] * 4 + [size] * 3 + [number] * 3,
         "gated_bitmask_linear": [pointer] * 3 + [size, pointer, size] + [pointer] * 3
         + [size] * 3 + [number] * 3,
+        "kv_attend": [pointer, pointer, size] + [pointer] * 9 + [size] * 6 + [ctypes.c_float]
+        + [number] * 3,
+        "kv_append": [pointer] * 3 + [size] + [pointer] * 10 + [size] * 5 + [number],
     }.items():  # fmt: skip
         function = getattr(loaded, f"llmsqueeze_{name}")
         function.argtypes, function.restype = arguments, None
@@ -53,6 +59,11 @@ def instructions() -> str | None:
     """The best instruction set that there is code for on this machine; None without kernels."""
     loaded = library()
     return None if loaded is None else INSTRUCTIONS[loaded.llmsqueeze_isa()]
+
+
+def most_tokens(dtype: torch.dtype) -> int:
+    """Rows of x in this dtype that meet weights as they are."""
+    return _most(_library(), dtype, None)
 
 
 def bitmask_linear(
@@ -66,31 +77,114 @@ def bitmask_linear(
     if tokens > _most(loaded, x.dtype, isa):
         panel = _Expander(loaded, x, values, mask, row_offsets, columns, isa)
         return ops.by_panels(x, rows, bias, panel.rows)
-    seen, offset = _seen(x), _fp32(bias)
-    y = torch.empty(*x.shape[:-1], rows)
-    loaded.llmsqueeze_bitmask_linear(
-        values.data_ptr(), mask.data_ptr(), row_offsets.data_ptr(), _address(offset),
-        seen.data_ptr(), y.data_ptr(), rows, columns, tokens, _KINDS[values.dtype],
-        _best(loaded, isa), torch.get_num_threads(),
-    )  # fmt: skip
-    return y if x.dtype is torch.float32 else y.to(x.dtype)
+    group = Group([values], [mask], [row_offsets], [_NONE])
+    return group.product(x, None, 0.0, bias, None, isa=isa)
 
 
 def dense_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, isa: int | None = None
 ) -> Tensor:
     loaded = _library()
-    rows, columns = weight.shape
-    tokens = x.numel() // columns
+    tokens = x.numel() // weight.shape[1]
     if tokens > _most(loaded, x.dtype, isa) or not weight.is_contiguous():
         return ops.linear(x, weight, bias)
-    seen, offset = _seen(x), _fp32(bias)
-    y = torch.empty(*x.shape[:-1], rows)
-    loaded.llmsqueeze_dense_linear(
-        weight.data_ptr(), _address(offset), seen.data_ptr(), y.data_ptr(), rows, columns, tokens,
-        _KINDS[weight.dtype], _best(loaded, isa), torch.get_num_threads(),
+    group = Group([weight], [_NONE], [_NONE], [_NONE])
+    return group.product(x, None, 0.0, bias, None, isa=isa)
+
+
+def linears(
+    x: Tensor, norm: Tensor | None, epsilon: float, values: list[Tensor], masks: list[Tensor],
+    row_offsets: list[Tensor], scales: list[Tensor], bias: Tensor | None, residual: Tensor | None,
+    glu: bool = False, *, isa: int | None = None,
+) -> Tensor:  # fmt: skip
+    loaded, columns = _library(), x.shape[-1]
+    if x.numel() > columns * _most(loaded, x.dtype, isa):
+        return _many_tokens(
+            x, norm, epsilon, values, masks, row_offsets, scales, bias, residual, glu, isa
+        )
+    group = Group(values, masks, row_offsets, scales)
+    return group.product(x, norm, epsilon, bias, residual, glu, isa=isa)
+
+
+class Group:
+    """Weights of linears() made ready once: calls cost little. Few tokens only, see most_tokens()."""
+
+    def __init__(
+        self, values: list[Tensor], masks: list[Tensor], row_offsets: list[Tensor],
+        scales: list[Tensor],
+    ) -> None:  # fmt: skip
+        # Copies of what is not in one piece live as long as the addresses.
+        self._parts = [
+            (_whole(part), *(_whole(p) if p.numel() else None for p in rest))
+            for part, *rest in zip(values, masks, row_offsets, scales, strict=True)
+        ]
+        self._weights = (_Weight * len(values))(*(_weight(*part) for part in self._parts))
+        self._rows = sum(weight.rows for weight in self._weights)
+        self._kind = _KINDS[values[0].dtype]
+        self._call = _library().llmsqueeze_linears
+
+    def product(
+        self, x: Tensor, norm: Tensor | None, epsilon: float, bias: Tensor | None,
+        residual: Tensor | None, glu: bool = False, *, isa: int | None = None,
+    ) -> Tensor:  # fmt: skip
+        """As linears(): [..., out] in x's dtype."""
+        seen, offset, added, factors = _seen(x), _fp32(bias), _fp32(residual), _fp32(norm)
+        *batch, columns = x.shape
+        y = torch.empty(*batch, self._weights[0].rows if glu else self._rows)
+        self._call(
+            self._weights, len(self._weights), _address(factors), epsilon, _address(offset),
+            _address(added), seen.data_ptr(), y.data_ptr(), columns, x.numel() // columns,
+            self._kind, glu, _isa() if isa is None else isa, torch.get_num_threads(),
+        )  # fmt: skip
+        return y if x.dtype is torch.float32 else y.to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    heads, width = x.shape[-2:]
+    if x.dtype is not torch.float32 or x.stride()[-2:] != (width, 1) or not _flat(x):
+        x = x.float().contiguous()
+    turns, sines = _seen(cos), _seen(sin)
+    y = torch.empty(x.shape)
+    _library().llmsqueeze_rotate(
+        x.data_ptr(), x.stride(-3), turns.data_ptr(), sines.data_ptr(), turns.numel() // width,
+        y.data_ptr(), x.numel() // (heads * width), heads, width,
     )  # fmt: skip
-    return y if x.dtype is torch.float32 else y.to(x.dtype)
+    return y if cos.dtype is torch.float32 else y.to(cos.dtype)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, counters: Tensor, scale: float, *,
+    isa: int | None = None,
+) -> Tensor:  # fmt: skip
+    if not attend_fits(q, k, v, mask):
+        return ops.attend(q, k, v, mask, counters, scale)
+    loaded, (batch, heads, _, width) = _library(), q.shape
+    kv_heads, length = k.shape[1:3]
+    seen, y = _seen(q), torch.empty(batch, 1, heads, width)
+    if mask is not None:
+        mask = mask.expand(batch, 1, 1, length)
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+    strides = ctypes.c_int64 * 3
+    loaded.llmsqueeze_attend(
+        seen.data_ptr(), k.data_ptr(), strides(*k.stride()[:3]), v.data_ptr(),
+        strides(*v.stride()[:3]), _address(mask), 0 if mask is None else mask.stride(0),
+        y.data_ptr(), batch, heads, kv_heads, length, width, scale, _KINDS[k.dtype],
+        _best(loaded, isa), torch.get_num_threads(),
+    )  # fmt: skip
+    return y if q.dtype is torch.float32 else y.to(q.dtype)
+
+
+def attend_fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether attend has code for this: one token, a cache whose heads' tokens lie in one piece each."""
+    return (
+        q.shape[2] == 1
+        and k.shape == v.shape
+        and k.shape[-1] == q.shape[-1]
+        and q.dtype == k.dtype == v.dtype
+        and q.dtype in _KINDS
+        and k.stride(-1) == v.stride(-1) == 1
+        and (mask is None or (mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)))
+    )
 
 
 def gated_linear(
@@ -171,6 +265,71 @@ def panels_linear(
     return y
 
 
+def kv_attend(
+    q: Tensor, tiles: Tensor, length: Tensor, padding: Tensor | None, books: Tensor | None,
+    channels: Tensor | None, inverse: Tensor | None, angles: Tensor | None, steps: Tensor | None,
+    key_sinks: Tensor | None, value_sinks: Tensor | None, counters: Tensor, format: list[int],
+    window: int, scale: float, *, isa: int | None = None,
+) -> Tensor:  # fmt: skip
+    """ValueError where tiles or angles are of fewer tokens than the length."""
+    loaded, tokens = _library(), int(length)
+    batch, heads, _, width = q.shape
+    kv_heads = tiles.shape[1]
+    _check_tiles(tiles, format, tokens, angles)
+    seen, sinks = _seen(q), [None if s is None else _whole(s) for s in (key_sinks, value_sinks)]
+    start = None if padding is None else _whole(padding.int())
+    given = [None if t is None else _whole(t) for t in (books, channels, inverse, angles)]
+    y = torch.empty(batch, 1, heads, width)
+    loaded.llmsqueeze_kv_attend(
+        seen.data_ptr(), _whole(tiles).data_ptr(), tokens, _address(start),
+        *(_address(t) for t in (*given, *sinks)), y.data_ptr(), _fields(format), batch, kv_heads,
+        heads // kv_heads, tiles.shape[2], 0 if key_sinks is None else key_sinks.shape[2], window,
+        scale, 0 if key_sinks is None else _KINDS[key_sinks.dtype], _best(loaded, isa),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y if q.dtype is torch.float32 else y.to(q.dtype)
+
+
+def kv_append(
+    key: Tensor, value: Tensor, tiles: Tensor, length: Tensor, padding: Tensor | None,
+    books: Tensor | None, offset: Tensor | None, scale: Tensor | None, order: Tensor | None,
+    steps: Tensor | None, angles: Tensor | None, key_sinks: Tensor | None, value_sinks: Tensor | None,
+    format: list[int],
+) -> None:  # fmt: skip
+    """ValueError as for kv_attend, and where tiles or sinks could not be written in place."""
+    tokens = int(length)
+    batch, heads, _, _ = key.shape
+    _check_tiles(tiles, format, tokens, angles)
+    written = [t for t in (tiles, key_sinks, value_sinks) if t is not None]
+    if not all(t.is_contiguous() for t in written) or any(
+        s.dtype != key.dtype for s in written[1:]
+    ):
+        raise ValueError("kv_append: tiles and sinks in one piece, sinks of the key's dtype")
+    key, value = _whole(key), _whole(value.to(key.dtype))
+    start = None if padding is None else _whole(padding.int())
+    given = [None if t is None else _whole(t) for t in (books, offset, scale, order, steps, angles)]
+    _library().llmsqueeze_kv_append(
+        key.data_ptr(), value.data_ptr(), tiles.data_ptr(), tokens - 1, _address(start),
+        *(_address(t) for t in (*given, key_sinks, value_sinks)), _fields(format), batch, heads,
+        tiles.shape[2], 0 if key_sinks is None else key_sinks.shape[2],
+        0 if steps is None else steps.shape[1], _KINDS[key.dtype],
+    )  # fmt: skip
+
+
+def _check_tiles(tiles: Tensor, format: list[int], tokens: int, angles: Tensor | None) -> None:
+    form, capacity = kv_tiles.TileFormat.from_arguments(format), tiles.shape[2]
+    fine = form.width in kv_tiles.WIDTHS and tiles.shape[3] == form.record
+    fine &= max(form.key_slots, form.value_slots) <= kv_tiles.MOST_SLOTS
+    if not fine or not 0 < tokens <= kv_tiles.TOKENS * capacity:
+        raise ValueError(f"{tokens} tokens in tiles {tuple(tiles.shape)}: they do not fit {form}")
+    if angles is not None and len(angles) < kv_tiles.TOKENS + capacity:
+        raise ValueError(f"angles of {len(angles)} rows for {capacity} tiles")
+
+
+def _fields(format: list[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(format))(*format)
+
+
 class _Expander:
     """Makes rows of a bitmask dense, in a buffer of its own: what rows() returned last is overwritten."""
 
@@ -197,6 +356,58 @@ class _Expander:
         return weight
 
 
+class _Weight(ctypes.Structure):
+    """As bitmask.cpp knows it."""
+
+    _fields_ = (
+        ("values", ctypes.c_void_p), ("mask", ctypes.c_void_p), ("offsets", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p), ("rows", ctypes.c_int64),
+    )  # fmt: skip
+
+
+def _weight(
+    values: Tensor, mask: Tensor | None, row_offsets: Tensor | None, scale: Tensor | None
+) -> _Weight:
+    rows = len(values if mask is None else mask)
+    return _Weight(values.data_ptr(), _address(mask), _address(row_offsets), _address(scale), rows)
+
+
+def _many_tokens(
+    x: Tensor, norm: Tensor | None, epsilon: float, values: list[Tensor], masks: list[Tensor],
+    row_offsets: list[Tensor], scales: list[Tensor], bias: Tensor | None, residual: Tensor | None,
+    glu: bool, isa: int | None,
+) -> Tensor:  # fmt: skip
+    """linears() where weights are made dense, one after another."""
+    x = x if norm is None else layer.rms_norm(x, norm, epsilon)
+    found = []
+    for part, mask, starts, scale in zip(values, masks, row_offsets, scales, strict=True):
+        if mask.numel():
+            found.append(bitmask_linear(x, part, mask, starts, None, isa=isa))
+        elif scale.numel():
+            found.append(_row_major_int8(x, part, scale))
+        else:
+            found.append(dense_linear(x, part, None, isa=isa))
+    return layer.combined(found, bias, residual, glu)
+
+
+def _row_major_int8(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """W x for W as it lies on disk."""
+    return ops.by_panels(
+        x, len(codes), None,
+        lambda begin, end: int8.decode(codes[begin:end], scale[begin:end], x.dtype),
+    )  # fmt: skip
+
+
+def _flat(x: Tensor) -> bool:
+    """Whether tokens [..., heads, width] of a tensor lie at equal distances."""
+    return all(
+        x.stride(d) == x.stride(d + 1) * x.shape[d + 1]
+        for d in range(x.dim() - 3)
+        if x.shape[d] > 1
+    )
+
+
+_NONE = torch.empty(0)
 # No magnitude is below.
 _NONE_DROPPED = torch.full((1,), -1.0)
 
@@ -249,7 +460,12 @@ def _most(loaded: ctypes.CDLL, dtype: torch.dtype, isa: int | None) -> int:
 
 
 def _best(loaded: ctypes.CDLL, isa: int | None) -> int:
-    return int(loaded.llmsqueeze_isa()) if isa is None else isa
+    return _isa() if isa is None else isa
+
+
+@functools.cache
+def _isa() -> int:
+    return int(_library().llmsqueeze_isa())
 
 
 def _fp32(tensor: Tensor | None) -> Tensor | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llmsqueeze.numerics.gaps import TURNS
+from llmsqueeze.numerics.gaps import MOST_WARPS, TURNS
 from llmsqueeze.ops import cuda, operands, swiglu
 from llmsqueeze.ops.operands import addend, bias_from, bias_step, half, matrix, output
 
@@ -18,7 +18,7 @@ FEW, TENSOR = 4, 32
 
 def gap_linear(
     x: Tensor, stream: Tensor, starts: Tensor, first: Tensor, order: Tensor | None, bias: Tensor | None,
-    rows: int, bits: int, parts: int, warps: int, blocks: int, reach: int, spans: list[int],
+    rows: int, bits: int, parts: int, warps: int, turns: int, reach: int, spans: list[int],
     glu: bool = False,
 ) -> Tensor:  # fmt: skip
     x, tokens, columns = matrix(x, 8)
@@ -30,9 +30,7 @@ def gap_linear(
     if not few and tokens <= TENSOR:
         ring = choose_ring(spans, len(starts) // slices, slices, tokens, index)
     if not few and not ring and tokens > 2 * FEW:
-        expand = functools.partial(
-            _expand, stream, starts, first, bits, parts, warps, columns, spans
-        )
+        expand = functools.partial(_expand, stream, starts, first, bits, parts, columns, spans)
         if order is None or rows <= operands.panel_rows(columns):
             return operands.expanded(x, bias, rows, functools.partial(expand, order), glu)
         # A panel is some of the slices: rows come in their order, and are moved in the result.
@@ -44,14 +42,14 @@ def gap_linear(
         return swiglu(y) if glu else y
     y = output(x, rows, glu)
     given, found = x.view(tokens, columns), y.view(tokens, y.shape[-1])
-    weight = stream, starts, None if blocks else first, order
+    weight = stream, starts, None if turns else first, order
     macros = {"GAP": bits, "PARTS": parts, "HALF": half(x), "PDL": int(cuda.is_hopper(index))}
     if ring:
         tiles = next(n for n in (1, 2, 4) if tokens <= 8 * n)
         more = {"TILES": tiles, "RING": ring.columns, "WARPS": ring.most, "BLOCKS": ring.blocks}
         cuda.launch(
             "gaps_tensor", macros | more, x,
-            (*weight, x, y, bias, rows, columns, tokens, warps, blocks, 0, int(glu),
+            (*weight, x, y, bias, rows, columns, tokens, turns, 0, int(glu),
              bias_step(bias)),
             grid=(slices, 1), block=32 * ring.warps, shared=ring.shared,
         )  # fmt: skip
@@ -62,23 +60,23 @@ def gap_linear(
         most //= 2
     for begin in range(0, tokens, most):
         some = min(most, tokens - begin)
-        more = {"TOKENS": next(n for n in (1, 2, 4) if some <= n), "WARPS": 14, "BLOCKS": 2}
+        more = {"TOKENS": next(n for n in (1, 2, 4) if some <= n), "WARPS": MOST_WARPS[bits]}
         cuda.launch(
             "gaps", macros | more, x,
             (*weight, given[begin:], found[begin:], bias_from(bias, begin), rows, columns, _padded(reach),
-             some, blocks, int(glu), bias_step(bias)),
+             some, turns, int(glu), bias_step(bias)),
             grid=(slices, 1), block=32 * warps, shared=_held(some, reach),
         )  # fmt: skip
     return y
 
 
 def _padded(reach: int) -> int:
-    return (reach + 2) // 2 * 2
+    return (reach + 8) // 8 * 8
 
 
 def _held(tokens: int, reach: int) -> int:
     """Bytes of x in shared memory, see gaps.cu."""
-    return (4 if tokens <= 2 else 8) * _padded(reach)
+    return 2 * next(n for n in (1, 2, 4) if tokens <= n) * _padded(reach)
 
 
 @dataclass(frozen=True)
@@ -119,32 +117,32 @@ def choose_ring(spans: list[int], turns: int, slices: int, tokens: int, index: i
     if each < 3:  # no more at once than each gets, or others get fewer
         # A multiprocessor has 5 KB more than most_shared(), and keeps 1 KB for each block.
         asked = max(asked, (shared + 5120) // (each + 1))
-    return Ring(1024, small, 8, min(3 if tokens <= 8 else 2, shared // (64 * 1024)), asked)
+    return Ring(1024, small, 8, min(2 if tokens else 3, shared // (64 * 1024)), asked)
 
 
 def _expand(
-    stream: Tensor, starts: Tensor, first: Tensor, bits: int, parts: int, warps: int, columns: int,
-    spans: list[int], order: Tensor | None, begin: int, end: int,
+    stream: Tensor, starts: Tensor, first: Tensor, bits: int, parts: int, columns: int, spans: list[int],
+    order: Tensor | None, begin: int, end: int,
 ) -> Tensor:  # fmt: skip
     """[end - begin, columns]: with an order all rows, else what is at places begin to end."""
     held, index = 32 // parts, stream.device.index
     slices = -(-(end - begin) // held)
     macros = {"GAP": bits, "PARTS": parts, "HALF": 0, "PDL": 0}
-    ring = choose_ring(spans, len(starts) // (len(first) - 1), slices, 1, index)
+    ring = choose_ring(spans, len(starts) // (len(first) - 1), slices, 0, index)
     make = torch.empty if ring else torch.zeros
     panel = make(end - begin, columns, dtype=torch.bfloat16, device=stream.device)
     if ring:
         more = {"TILES": 0, "RING": ring.columns, "WARPS": ring.most, "BLOCKS": ring.blocks}
         cuda.launch(
             "gaps_tensor", macros | more, stream,
-            (stream, starts, first, order, None, panel, None, len(panel), columns, 0, warps, 0,
+            (stream, starts, first, order, None, panel, None, len(panel), columns, 0, 0,
              begin // held, 0, 0),
             grid=(slices, 1), block=32 * ring.warps, shared=ring.shared,
         )  # fmt: skip
     else:
         cuda.launch(
             "gaps_expand", macros, stream,
-            (stream, starts, first, order, panel, len(panel), columns, warps, begin // held),
+            (stream, starts, first, order, panel, len(panel), columns, begin // held),
             grid=(slices, 1), block=256, shared=0,
         )  # fmt: skip
     return panel

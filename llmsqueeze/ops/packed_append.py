@@ -18,8 +18,9 @@ from llmsqueeze.numerics.kv_codecs import (
     TokenCodec,
     normal_book,
 )
+from llmsqueeze.numerics.kv_constants import Angles
 from llmsqueeze.numerics.kv_tiles import TOKENS, TileFormat
-from llmsqueeze.numerics.rope import unrotate
+from llmsqueeze.numerics.rope import rotate
 
 SCHEMA = (
     "kv_append(Tensor key, Tensor value, Tensor(a!) tiles, Tensor length, Tensor? padding, Tensor? books,"
@@ -38,7 +39,7 @@ def kv_append(
 
     key, value: [batch, kv heads, 1, D], the key after the rotary embedding; length: [1] int32 on the device,
     how many tokens are cached, this one included; books: of encoding_books(), None for fp8. Of keys by
-    channel: offset and scale, [kv heads, D] fp32, and angles as in kv_attend; order and steps: see
+    channel: offset and scale, [kv heads, D] fp32, and angles: see coding_angles(); order and steps: see
     feedback_constants(), None for none. tiles, length, padding, key_sinks, value_sinks, format: as in
     kv_attend. On CUDA all is computed in fp32, here what kv_codecs computes in fp64 is: a number at a border
     may be coded to either side.
@@ -63,7 +64,8 @@ def kv_append(
         values = TokenCodec(of_values, shape.value_slots, shape.turned_values)
         if shape.rotary:
             at = position.clamp_min(0)
-            arriving = unrotate(key.float(), *_cos_sin(angles, at, shape.rotary))
+            cos, sin = _cos_sin(angles, at, shape.rotary)
+            arriving = rotate(key.float(), cos, -sin)
     kv_tiles.write(tiles, shape, slot, keys.encode(arriving), values.encode(value))
     if key_sinks is not None and value_sinks is not None:
         rows = torch.arange(len(key), device=key.device)
@@ -94,6 +96,11 @@ def encoding_books(keys: Codec, values: Codec) -> Tensor | None:
 def feedback_constants(feedback: Feedback) -> tuple[Tensor, Tensor]:
     """order: [heads, D] int32; steps: [heads, all of them, group after group] fp32."""
     return feedback.order.int(), torch.cat([s.flatten(1) for s in feedback.steps], dim=1).float()
+
+
+def coding_angles(angles: Angles) -> Tensor:
+    """The table, by two of whose entries, multiplied, a key is turned back and loses the attention factor."""
+    return angles.table * angles.gain**-0.5
 
 
 def _groups(steps: Tensor, width: int) -> tuple[Tensor, ...]:

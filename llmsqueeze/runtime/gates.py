@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.activation import ActivationRecord, Policy, thresholds
+from llmsqueeze.activation import ActivationRecord, thresholds
 from llmsqueeze.ops import keep_above, round_down
+from llmsqueeze.policy import Policy
 
 # Up to so many rows the whole linear is one operator, which a kernel may replace; beyond, what a gate
 # drops is zeroed and the product is an ordinary one: rows that keep different inputs share no savings.

@@ -1,4 +1,4 @@
-"""Greedy decoding with a cache of fixed size, every step of it one CUDA graph."""
+"""Greedy decoding with a cache of fixed size, on a GPU every step of it one CUDA graph."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
-from llmsqueeze.errors import EnvironmentFault, RecipeError
+from llmsqueeze.errors import RecipeError
 from llmsqueeze.runtime import attention
 from llmsqueeze.runtime.kv_cache import LayerFormat
 from llmsqueeze.runtime.tiles import TiledLayer, tiled_layers
@@ -19,12 +19,60 @@ from llmsqueeze.runtime.tiles import TiledLayer, tiled_layers
 _WARM_STEPS = 3
 
 
+class RoomLayer(DynamicLayer):  # type: ignore[misc]
+    """What a CPU attends to: so many tokens' room, of which keys and values are the part that is filled.
+
+    A static layer hands out all of it, with a mask that is made anew in every step.
+    """
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.max_cache_len = length
+        self._room: tuple[Tensor, Tensor] | None = None
+        self._filled = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.device, self.dtype = key_states.device, key_states.dtype
+        new = [(*t.shape[:2], self.max_cache_len, t.shape[-1]) for t in (key_states, value_states)]
+        if self._room is None or [t.shape for t in self._room] != new:
+            self._room = key_states.new_empty(new[0]), value_states.new_empty(new[1])
+        self._filled = 0
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self._room is not None
+        begin, count = self._filled, key_states.shape[-2]
+        if begin + count > self.max_cache_len:
+            raise RecipeError(f"{begin + count} tokens do not fit {self.max_cache_len}")
+        keys, values = self._room
+        keys.narrow(2, begin, count).copy_(key_states)
+        values.narrow(2, begin, count).copy_(value_states)
+        self._filled = begin + count
+        self.keys, self.values = (
+            keys.narrow(2, 0, begin + count),
+            values.narrow(2, 0, begin + count),
+        )
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self._room is None else sum(t.nbytes for t in self._room)
+
+
 def fixed_cache(model: nn.Module, length: int, formats: Mapping[int, LayerFormat]) -> Cache:
     """A cache of so many tokens that stays where it is; formats: of the layers that lie in tiles."""
     # All layers as long as the text, those of sliding attention too: transformers' own for those decide
     # in Python whether the window is full, which a graph would remember. The mask hides what slid out.
     count = model.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[union-attr]
-    layers: list[Any] = [StaticLayer(max_cache_len=length) for _ in range(count)]
+    cuda = next(model.parameters()).device.type == "cuda"
+    kind: Any = StaticLayer if cuda or formats else RoomLayer
+    layers: list[Any] = [kind(length) for _ in range(count)]
     if formats:
         found = tiled_layers(model, formats, length, *attention.over_tiles(model))
         layers = [found.get(index, layer) for index, layer in enumerate(layers)]
@@ -41,8 +89,6 @@ class Decoder:
     length: tokens that prompt and answer may have together. compiled: whether torch.compile fuses what
     lies between the kernels; takes a minute. formats: of the layers whose cache is to lie in tiles, see
     runtime.tiles; EnvironmentFault if there is no kernel for one. On a CPU steps run one by one.
-    A cache in tiles cannot be compiled with: on an H100 and torch 2.11 keys that are kept exactly came out
-    as NaN, though not on a CPU, nor uncompiled.
     """
 
     def __init__(
@@ -56,10 +102,6 @@ class Decoder:
         self.model = model
         self.length = length
         self.device = next(model.parameters()).device
-        if compiled and formats:
-            raise EnvironmentFault(
-                "torch.compile and a cache in tiles do not go together; use --no-compile"
-            )
         attention.accept(model)
         self.cache = fixed_cache(model, length, formats or {})
         parameters = inspect.signature(model.forward).parameters
@@ -77,7 +119,7 @@ class Decoder:
         """Of so many cached tokens, which a step behind them reads; the cache must have been used."""
         total = 0
         for layer in self.cache.layers:
-            if isinstance(layer, TiledLayer):
+            if isinstance(layer, (TiledLayer, RoomLayer)):
                 total += layer.nbytes * tokens // layer.max_cache_len
             else:
                 held = layer.keys.nbytes + layer.values.nbytes

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
 from llmsqueeze.ops import cpu, in_pairs
-from llmsqueeze.runtime import mlp, residual
+from llmsqueeze.runtime import layers, mlp, residual
+from llmsqueeze.runtime.fused import Fused, FusedPart
 from llmsqueeze.runtime.gates import GatedLinear
 from llmsqueeze.runtime.packed import (
     LEAST_SPARSITY,
@@ -45,36 +46,6 @@ FUSED = (("q_proj", "k_proj", "v_proj"), mlp.PAIR)
 # A module for a weight, and how it is chosen: by the weight, and whether it is behind a gate.
 Kind = type[GatedProduct] | type[PackedLinear]
 Choice = Callable[[Tensor, bool], Kind | None]
-
-
-class Fused(nn.Module):  # type: ignore[misc]
-    """Several linears of one input as one. product: their outputs, one after another."""
-
-    def __init__(self, product: nn.Module) -> None:
-        super().__init__()
-        self.product = product
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def outputs(self, x: Tensor, last: bool, residual: Tensor | None = None) -> Tensor:
-        """Of all of them. They are called in turn with the same tensor: the work is done once."""
-        known = self._last
-        y: Tensor = known[1] if known is not None and known[0] is x else self.product(x, residual)
-        # Nothing is kept beyond the last call: a plain reference, which torch.compile understands.
-        self._last = None if last else (x, y)
-        return y
-
-
-class FusedPart(nn.Module):  # type: ignore[misc]
-    """One of the linears that Fused stands for: rows begin to end of its output."""
-
-    def __init__(self, fused: Fused, begin: int, end: int, *, last: bool) -> None:
-        super().__init__()
-        self.fused = fused
-        self.begin, self.end, self.last = begin, end, last
-        self.in_features, self.out_features = fused.product.in_features, end - begin
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fused.outputs(x, self.last)[..., self.begin : self.end]
 
 
 class GatedPart(nn.Module):  # type: ignore[misc]
@@ -127,7 +98,7 @@ def use_kernels(model: nn.Module, device: torch.device | None = None) -> Report:
     """
     where = device or next(model.parameters()).device
     return pack_linears(
-        model, where, check=_check, choose=_on_cpu if where.type == "cpu" else _on_cuda
+        model, where, check=_check, choose=on_cpu if where.type == "cpu" else _on_cuda
     )
 
 
@@ -138,11 +109,13 @@ def pack_linears(
     *,
     check: Callable[[torch.dtype, torch.device], None] = lambda dtype, device: None,
     choose: Choice | None = None,
+    weight_of: Callable[[str, nn.Linear], Tensor] = lambda name, linear: linear.weight,
 ) -> Report:
     """use_kernels() without asking whether there are kernels: elsewhere operators run their reference.
 
     check: called before a linear is replaced, if any is. choose: the module for a weight, and whether it is
-    behind a gate; None: it stays. [default: as on a GPU]
+    behind a gate; None: it stays. [default: as on a GPU] weight_of: the weight of a linear, by its name too,
+    in the dtype that the model computes in.
     """
     choose = choose or _on_cuda
     begun = time.perf_counter()
@@ -157,11 +130,14 @@ def pack_linears(
         product = None
         for names in _groups(owner, head):
             linears = [getattr(owner, name) for name in names]
-            pairs = bool(path) and names == mlp.PAIR and mlp.is_swiglu(owner) and _alike(linears)
-            weight, kind = _weight(linears, device, pairs, choose)
+            paths = [f"{path}.{name}" if path else name for name in names]
+            found = [weight_of(*each).to(device) for each in zip(paths, linears, strict=True)]
+            pairs = bool(path) and names == mlp.PAIR and mlp.is_swiglu(owner) and _alike(found)
+            weight, kind = _weight(found, linears[0], pairs, choose)
             if pairs and (kind is None or not kind.pairs):
                 pairs = False
-                weight, kind = _weight(linears, device, pairs, choose)
+                weight, kind = _weight(found, linears[0], pairs, choose)
+            del found
             if kind is None:
                 continue
             check(weight.dtype, device)
@@ -176,23 +152,24 @@ def pack_linears(
         if product is not None:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, mlp.PackedMLP(product, owner.down_proj))
+    if device.type == "cpu" and cpu.library() is not None:
+        layers.join(model)
     residual.join(model, lambda linear: isinstance(linear, (PackedLinear, GatedPart)))
     report.seconds = time.perf_counter() - begun
     return report
 
 
 def _weight(
-    linears: list[nn.Linear], device: torch.device, pairs: bool, choose: Choice
+    weights: list[Tensor], first: nn.Linear, pairs: bool, choose: Choice
 ) -> tuple[Tensor, Kind | None]:
-    """The weight of all of them, on the device, and the module for it. pairs: see ops.in_pairs."""
-    weights = [linear.weight.to(device) for linear in linears]
+    """The weight of all of them, and the module for it. pairs: see ops.in_pairs."""
     weight = in_pairs(*weights) if pairs else torch.cat(weights)
-    return weight, choose(weight, isinstance(linears[0], GatedLinear))
+    return weight, choose(weight, isinstance(first, GatedLinear))
 
 
-def _alike(linears: list[nn.Linear]) -> bool:
-    """Whether two linears have about as many zeros: rows in turns take the place of the fuller one."""
-    counts = sorted(int(linear.weight.count_nonzero()) for linear in linears)
+def _alike(weights: list[Tensor]) -> bool:
+    """Whether two have about as many zeros: rows in turns take the place of the fuller one."""
+    counts = sorted(int(weight.count_nonzero()) for weight in weights)
     return counts[-1] <= 1.05 * counts[0]
 
 
@@ -200,7 +177,7 @@ def _on_cuda(weight: Tensor, gated: bool) -> Kind | None:
     return _gated_kind(weight) if gated else _packed_kind(weight)
 
 
-def _on_cpu(weight: Tensor, gated: bool) -> Kind | None:
+def on_cpu(weight: Tensor, gated: bool) -> Kind | None:
     """The module that reads least."""
     zeros = 1 - int(weight.count_nonzero()) / weight.numel()
     if zeros < GAPS_BEAT_INT8 and int8.fits(narrowed(weight)):

@@ -1,22 +1,29 @@
-"""A pruned model for a CPU whose weights stay where they are: in the file, mapped, without a copy."""
+"""A compressed model for a CPU whose weights stay where they are: in the file, mapped, without a copy.
+
+Behind gates kernels need another order, input after input: those weights are laid out anew from the file, one
+group of linears after another, so that none but that group is ever dense in memory.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from llmsqueeze.checkpoint import Checkpoint, PackedSource, place
 from llmsqueeze.ops import cpu
-from llmsqueeze.runtime import kv_cache
+from llmsqueeze.policy import Policy
+from llmsqueeze.runtime import gates, kv_cache, layers, linears
+from llmsqueeze.runtime.gates import GatedLinear
 from llmsqueeze.runtime.packed import (
     LEAST_SPARSITY,
     BitmaskLinear,
     DenseLinear,
     PackedLinear,
     StoredEmbedding,
+    StoredInt8Linear,
 )
 
 
@@ -32,6 +39,7 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any | None:
     model = checkpoint.build(dtype)
     if getattr(model, "_keep_in_fp32_modules", None):
         return None
+    gated = _install_gates(model, checkpoint, dtype)
     modules = dict(model.named_modules())
     embedded = model.get_input_embeddings()
     tied = None
@@ -44,7 +52,9 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any | None:
             table = StoredEmbedding(checkpoint.read([name])[name], module.padding_idx, dtype)
             model.set_submodule(path, table)
             tied = table.weight if module is embedded else tied
-        elif leaf != "bias" or type(module) is not nn.Linear:
+        elif (leaf != "bias" or type(module) is not nn.Linear) and not (
+            leaf == "weight" and isinstance(module, GatedLinear)
+        ):
             place(model, checkpoint.read([name]), dtype, torch.device("cpu"))
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and head.weight.is_meta and head.bias is None and tied is not None:
@@ -53,6 +63,13 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any | None:
         model.tie_weights()
     if any(parameter.is_meta for parameter in model.parameters()):
         return None
+    if gated:
+
+        def read(path: str, linear: nn.Linear) -> Tensor:
+            return checkpoint.read([f"{path}.weight"])[f"{path}.weight"].to(dtype)
+
+        linears.pack_linears(model, torch.device("cpu"), choose=linears.on_cpu, weight_of=read)
+    layers.join(model)
     if (checkpoint.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     if checkpoint.kv_cache:
@@ -62,13 +79,26 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any | None:
 
 
 def _fits(checkpoint: Checkpoint) -> bool:
-    """Whether it is pruned, and has no gates and no other encoding: those are laid out anew."""
+    """Whether anything in it is for kernels: compressed weights, or gates."""
     packed = [s for s in checkpoint.sources.values() if isinstance(s, PackedSource)]
-    return (
-        bool(packed)
-        and checkpoint.activation is None
-        and all(source.record.encoding == "bitmask" for source in packed)
-    )
+    return bool(packed) or checkpoint.activation is not None
+
+
+def _install_gates(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> bool:
+    """Put the gates into the skeleton, before it has weights; whether there are any."""
+    record = checkpoint.activation
+    if record is None:
+        return False
+    # Gates are made for the dtype and device of a weight: here one element stands for all.
+    for gate in record.gates.values():
+        for member in gate.members:
+            linear = model.get_submodule(member)
+            standing = torch.zeros((), dtype=dtype).expand(linear.weight.shape)
+            linear.weight = nn.Parameter(standing, requires_grad=False)
+    blocks = model.get_submodule(checkpoint.blocks_path).children()
+    parts = gates.parts_of(record, checkpoint.read_activation())
+    gates.install(model, parts, Policy.parse(record.prefill), blocks)
+    return True
 
 
 def _linear(
@@ -80,6 +110,9 @@ def _linear(
         bias = checkpoint.read([f"{path}.bias"])[f"{path}.bias"].to(dtype)
     name = f"{path}.weight"
     source = checkpoint.sources[name]
-    if isinstance(source, PackedSource) and source.record.sparsity >= LEAST_SPARSITY:
-        return BitmaskLinear(module.weight, bias, checkpoint.read_parts(name))
+    if isinstance(source, PackedSource):
+        if source.record.encoding == "int8":
+            return StoredInt8Linear(bias, **checkpoint.read_parts(name))
+        if source.record.sparsity >= LEAST_SPARSITY:
+            return BitmaskLinear(module.weight, bias, checkpoint.read_parts(name))
     return DenseLinear(checkpoint.read([name])[name], bias)

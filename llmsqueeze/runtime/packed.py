@@ -91,9 +91,7 @@ class GapLinear(PackedLinear):
         self.register_buffer("stream", packed.stream, persistent=False)
         self.register_buffer("starts", packed.starts, persistent=False)
         self.register_buffer("first", packed.first, persistent=False)
-        rows = torch.arange(len(weight), dtype=torch.int32, device=weight.device)
-        own = torch.equal(packed.order[: len(weight)], rows)
-        self.register_buffer("order", None if own else packed.order, persistent=False)
+        self.register_buffer("order", packed.moved(), persistent=False)
         self.shape = packed.arguments()
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -165,6 +163,27 @@ class DenseLinear(PackedLinear):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         y: Tensor = torch.ops.llmsqueeze.dense_linear(x, self.weight, self.bias)
         return y if residual is None else y + residual
+
+
+class StoredInt8Linear(PackedLinear):
+    """Eight bits a weight, for a CPU: as on disk. codes: [out, in]; scale: see numerics.int8."""
+
+    format = "int8"
+    pairs = False
+    codes: Tensor
+    scale: Tensor
+
+    def __init__(self, bias: Tensor | None, codes: Tensor, largest: Tensor) -> None:
+        super().__init__(codes, bias)
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scale", int8.scales(largest), persistent=False)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        none = self.scale[:0]
+        y: Tensor = torch.ops.llmsqueeze.linears(
+            x, None, 0.0, [self.codes], [none], [none], [self.scale], self.bias, residual
+        )
+        return y
 
 
 class StoredEmbedding(nn.Module):  # type: ignore[misc]

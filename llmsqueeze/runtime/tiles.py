@@ -20,7 +20,7 @@ from llmsqueeze.numerics.kv_codecs import ChannelCodec
 from llmsqueeze.numerics.kv_constants import Angles
 from llmsqueeze.numerics.kv_tiles import TOKENS, TileFormat
 from llmsqueeze.numerics.rope import unrotate
-from llmsqueeze.ops.packed_append import encoding_books, feedback_constants
+from llmsqueeze.ops.packed_append import coding_angles, encoding_books, feedback_constants
 from llmsqueeze.runtime.kv_cache import LayerFormat
 from llmsqueeze.runtime.positions import Rope, rope_of
 
@@ -42,8 +42,8 @@ class Hub:
 @dataclass
 class Shared:
     """What the layers of a cache have in common. length: [1] int32, cached tokens; seen: the same as a
-    number, but for steps that a CUDA graph replays; cos, sin: [tokens, R] fp32 of every position, None for
-    keys that are coded after the rotary embedding."""
+    number, but for steps that were compiled or that a CUDA graph replays; cos, sin: [tokens, R] fp32 of
+    every position, None for keys that are coded after the rotary embedding."""
 
     hub: Hub
     length: Tensor
@@ -56,7 +56,7 @@ class Shared:
 class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transformers
     """One layer. capacity: tokens; owner: this layer counts them, the first that is called."""
 
-    # generate would compile what calls it: with torch 2.11 sinks then came out as NaN, see Decoder.
+    # What transformers' generate would compile by itself; Decoder does where it is asked to.
     is_compileable = False
     is_sliding = False
 
@@ -73,17 +73,15 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
         batch, heads, _, width = key_states.shape
         device = key_states.device
         keys, values = (codec.to(device) for codec in (self.format.keys, self.format.values))
-        form = TileFormat.of(keys, values, width, self.rotary)
-        if form is None or value_states.shape[-1] != width:
-            raise EnvironmentFault(
-                f"no kernel attends over a cache of this format with heads {width} wide"
-            )
-        self.form, self.codecs = form, (keys, values)
-        self.tiles = form.empty(batch, heads, self.max_cache_len, device)
+        if value_states.shape[-1] != width:
+            raise EnvironmentFault("no kernel attends over keys and values of different widths")
+        self.form, self.codecs = _form(self.format, width, self.rotary), (keys, values)
+        self.tiles = self.form.empty(batch, heads, self.max_cache_len, device)
         self.sinks: tuple[Tensor, Tensor] | tuple[None, None] = (None, None)
         if self.format.sinks:
-            sinks = key_states.new_zeros(2, batch, heads, self.format.sinks, width)
-            self.sinks = sinks[0], sinks[1]
+            # Two allocations: of views into one, torch.compile (2.11) copied the second from beyond its end.
+            shape = batch, heads, self.format.sinks, width
+            self.sinks = key_states.new_zeros(shape), key_states.new_zeros(shape)
         self._attending, self._coding = self._constants(device)
         self.keys, self.values = self.tiles, self.tiles
         self.device, self.dtype = device, key_states.dtype
@@ -102,12 +100,8 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
                 "model.set_attn_implementation('sdpa') before its decoder is made"
             )
         if self.owner:
-            # A kernel could only trap, and take the process's CUDA with it.
-            if self.shared.seen + count > self.max_cache_len:
-                raise ValueError(
-                    f"{self.shared.seen} + {count} tokens do not fit a cache of {self.max_cache_len}"
-                )
-            self.shared.seen += count
+            if not torch.compiler.is_compiling():  # it would compile anew for another number
+                self._count(count)
             self.shared.length.add_(count)
         if count > 1:
             self._fill(key_states, value_states)
@@ -155,6 +149,14 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
         held = (self.tiles, *(s for s in self.sinks if s is not None))
         return sum(t.numel() * t.element_size() for t in held)
 
+    def _count(self, count: int) -> None:
+        # A kernel could only trap, and take the process's CUDA with it.
+        if self.shared.seen + count > self.max_cache_len:
+            raise ValueError(
+                f"{self.shared.seen} + {count} tokens do not fit a cache of {self.max_cache_len}"
+            )
+        self.shared.seen += count
+
     def _fill(self, key_states: Tensor, value_states: Tensor) -> None:
         if self.filled:
             raise RuntimeError(
@@ -195,7 +197,7 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
             coding[1:3] = [keys.offset[:, 0].contiguous(), keys.scale[:, 0].contiguous()]
             if keys.feedback:
                 coding[3:5] = feedback_constants(keys.feedback)
-            coding[5] = angles.table
+            coding[5] = coding_angles(angles)
         return tuple(
             tuple(None if t is None else t.to(device).contiguous() for t in part)
             for part in (attending, coding)
@@ -207,8 +209,8 @@ def tiled_layers(
 ) -> dict[int, TiledLayer]:
     """Layer → cache of so many tokens, for one sequence without padding.
 
-    EnvironmentFault where the rotary embedding depends on how long the text is: keys could not be turned
-    by a table.
+    EnvironmentFault where no kernel reads such a format, and where the rotary embedding depends on how long
+    the text is: keys could not be turned by a table.
     """
     device = next(model.parameters()).device
     tokens = -(-capacity // TOKENS) * TOKENS
@@ -220,12 +222,25 @@ def tiled_layers(
     shared = Shared(hub, length, counters, cos, sin)
     hub.active, hub.prompt = None, False
     rotary = 0 if cos is None else cos.shape[-1]
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr]
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    for format in formats.values():
+        _form(format, width, rotary if format.keys.pre_rope else 0)
     return {
         index: TiledLayer(
             format, shared, capacity, rotary if format.keys.pre_rope else 0, index == min(formats)
         )
         for index, format in formats.items()
     }
+
+
+def _form(format: LayerFormat, width: int, rotary: int) -> TileFormat:
+    form = TileFormat.of(format.keys, format.values, width, rotary)
+    if form is None:
+        raise EnvironmentFault(
+            f"no kernel attends over a cache of this format with heads {width} wide"
+        )
+    return form
 
 
 def _table(rope: Rope, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from llmsqueeze.activation import Policy
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.data import evaluation_windows, load_tokenizer
 from llmsqueeze.device import choose_device
 from llmsqueeze.evaluate import perplexity
+from llmsqueeze.policy import Policy
 from llmsqueeze.runtime import load
 from llmsqueeze.runtime.gates import gating_of
 from llmsqueeze.source import locate

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
-from llmsqueeze.activation import Policy
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.device import choose_device
+from llmsqueeze.policy import Policy
 from llmsqueeze.runtime import load
 from llmsqueeze.runtime.gates import gating_of
 from llmsqueeze.source import locate

@@ -39,13 +39,13 @@ def test_unpacking_is_the_inverse(
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_rows_of_every_length(bits: int) -> None:
-    """Slices of like rows need not take the blocks of the longest one."""
+    """Slices of like rows need not take the turns of the longest one."""
     weight = sparse(200, 2000, torch.linspace(0, 1, 200)[torch.randperm(200)][:, None])
     weight[17] = 0
     packed = gaps.pack(weight, gaps.Shape(bits, 2, 3))
-    assert packed.blocks == 0
+    assert packed.turns == 0
     assert torch.equal(gaps.unpack(packed, 200, 2000, BF16), weight)
-    longest = int(packed.first.diff().max()) * (len(packed.first) - 1) * 3
+    longest = int(packed.first.diff().max()) * (len(packed.first) - 1)
     assert len(packed.stream) < 0.7 * longest
 
 
@@ -75,13 +75,13 @@ def walk(packed: gaps.Gaps, x: Tensor, rows: int) -> Tensor:
     first = packed.first.tolist()
     per_word = shape.block // 4
     for index in range(len(first) - 1):
-        blocks = first[index + 1] - first[index]
-        for warp in range(shape.warps):
+        piece = -(-(first[index + 1] - first[index]) // shape.warps)
+        for begin in range(first[index], first[index + 1], piece):
             for lane in range(32):
                 row = int(packed.order[index * shape.rows + lane % shape.rows])
-                at = starts[(first[index] * shape.warps + warp * blocks) * 32 + lane]
-                for block in range(blocks):
-                    base = (first[index] * shape.warps + warp * blocks + block) * quads
+                at = starts[begin * 32 + lane]
+                for turn in range(begin, min(begin + piece, first[index + 1])):
+                    base = turn * quads
                     for entry in range(shape.block):
                         gap_word = words[(base + quads - 1) * 128 + lane * 4 + entry // per_word]
                         at += gap_word >> shape.bits * (entry % per_word) & (1 << shape.bits) - 1
@@ -117,7 +117,7 @@ def ring_walk(packed: gaps.Gaps, x: Tensor, rows: int, turns: int) -> Tensor:
     steps = (packed.stream[:, -1].long().unsqueeze(-1) >> shifts & (1 << shape.bits) - 1).flatten(2)
     columns = starts[..., None] + (steps + 1).cumsum(-1) - 1
     y = torch.zeros(rows, dtype=torch.float64)
-    first = (packed.first * shape.warps).tolist()
+    first = packed.first.tolist()
     for index in range(len(first) - 1):
         ring: dict[tuple[int, int], tuple[int, float]] = {}
         slowest = starts[first[index]].view(shape.parts, shape.rows).amin(1)
@@ -209,15 +209,42 @@ def test_bits_a_weight() -> None:
     columns = torch.rand(512, 4096, generator=generator).topk(2048, dim=1).indices
     weight = torch.zeros(512, 4096, dtype=BF16).scatter_(1, columns, 1.0)
     packed = gaps.pack_best(weight)
-    assert packed.blocks > 0
+    assert packed.turns > 0
     assert packed.stream.numel() * 32 / weight.numel() < 9.9
 
 
-def test_the_shape_keeps_loads_in_flight() -> None:
-    for longest in (2060, 7200, 1245):
-        shape = gaps.choose_shape({3: longest, 4: longest}, 4096)
-        assert shape.warps >= 10
+@pytest.mark.parametrize("rows", [1024, 4096, 14336, 28672])
+@pytest.mark.parametrize("longest", [1245, 2075, 7240])
+def test_the_shape_keeps_loads_in_flight(rows: int, longest: int) -> None:
+    shape = gaps.choose_shape({3: longest, 4: longest}, rows, 132)
+    slices = rows // shape.rows
+    together = min(gaps.MOST_WARPS[shape.bits] // shape.warps, -(-slices // 132))
+    assert 16 <= shape.warps * together <= gaps.MOST_WARPS[shape.bits]
+    turns = -(-longest // (shape.block * shape.parts))
+    assert (shape.warps - 1) * -(-turns // shape.warps) < turns  # every warp has some
+
+
+def test_the_shape_follows_rows_and_bytes() -> None:
+    assert gaps.choose_shape({3: 2075, 4: 2060}, 1024).parts == 2  # or there were 32 blocks
+    assert gaps.choose_shape({3: 2075, 4: 2060}, 28672).parts == 1
+    assert gaps.choose_shape({3: 1330, 4: 1247}, 4096).bits == 4
     assert gaps.choose_shape({3: 5, 4: 4}, 64).warps == 1
+    assert gaps.choose_shape({3: 0, 4: 0}, 64).warps == 1
+
+
+def test_nearly_even_rows_stay_in_their_places() -> None:
+    """A table of slices, and the order of rows, are for what saves bytes."""
+    weight = torch.ones(320, 400, dtype=BF16)
+    weight[77, :5] = 0
+    shape = gaps.Shape(4, 1, 2)
+    even = gaps.pack(weight, shape)
+    assert even.turns == 13 and even.moved() is None
+    weight[:, 320:] = 0
+    weight[78, 330] = 1  # one more than ten blocks hold
+    uneven = gaps.pack(weight, shape)
+    assert uneven.turns == 0 and uneven.first.diff().tolist() == [11] + [10] * 9
+    assert uneven.moved() is uneven.order and uneven.order[0] == 78
+    assert torch.equal(gaps.unpack(uneven, 320, 400, BF16), weight)
 
 
 def test_too_many_columns() -> None:

@@ -1,0 +1,85 @@
+"""What tasks gave on the dense model, kept: it is the same every time.
+
+A file's name is a hash of all that the result depends on: the checkpoint's files, the tasks' requests and
+scoring, how both were run, and the versions of what computed it. Only whole suites are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from llmsqueeze import __version__
+from llmsqueeze.errors import EnvironmentFault
+from llmsqueeze.shards import hash_file
+
+# Raised whenever entries change, so that a result of older code is not taken.
+TASK_RESULTS = 1
+_PACKAGES = ("lm_eval", "torch", "transformers")
+# Files of a checkpoint that a result may depend on.
+_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt")
+
+
+def checkpoint_sha256(directory: Path) -> str:
+    """Of weights, config, tokenizer and side files, by content and name."""
+    digest = hashlib.sha256()
+    for file in sorted(directory.iterdir()):
+        if file.is_file() and file.suffix in _SUFFIXES:
+            digest.update(f"{file.name} {hash_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class TaskCache:
+    """What one checkpoint gave, run one way. key: plain JSON types that say which and how; note: told when
+    nothing had to be measured."""
+
+    folder: Path
+    key: dict[str, Any]
+    note: Callable[[str], None] = lambda message: None
+
+    @classmethod
+    def of(
+        cls, folder: Path, checkpoint: Path, way: dict[str, Any], note: Callable[[str], None]
+    ) -> TaskCache:
+        """way: all settings that are not part of the requests. Reads every file of the checkpoint."""
+        return cls(folder, {"checkpoint": checkpoint_sha256(checkpoint), **way}, note)
+
+    def get(
+        self, name: str, requests: dict[str, str], measure: Callable[[], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """What measure() returns, or did for the same requests, by their hashes.
+
+        EnvironmentFault when the folder cannot be written.
+        """
+        versions = {package: version(package) for package in _PACKAGES}
+        versions |= {"llmsqueeze": __version__, "format": str(TASK_RESULTS)}
+        key = {**self.key, "requests": requests, "versions": versions}
+        text = json.dumps(key, sort_keys=True)
+        path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
+        # What cannot be read as it was written is damaged: measure again.
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            known = json.loads(path.read_text(encoding="utf-8"))
+            if known["key"] == key:
+                self.note(f"{name}: the dense model's scores are known (kept in {self.folder})")
+                return dict(known["tasks"])
+        found = measure()
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            descriptor, work = tempfile.mkstemp(prefix="partial-", dir=self.folder)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                json.dump({"key": key, "tasks": found}, file)
+            Path(work).replace(path)
+        except OSError as error:
+            raise EnvironmentFault(
+                f"cannot write the cache {self.folder} ({error.strerror}); set --cache-dir"
+            ) from error
+        return found
