@@ -20,8 +20,11 @@ class Fingerprint:
 
     @cached_property
     def sha256(self) -> dict[str, str]:
-        """By name, hex; waits until the files are hashed."""
-        return {name: hashed.result() for name, hashed in self._hashes.items()}
+        """By name, hex; waits until the files are hashed. CheckpointError if one is gone by then."""
+        try:
+            return {name: hashed.result() for name, hashed in self._hashes.items()}
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
     def check(self) -> None:
         """SourceChanged if any file is not the one it was: what was read of it may be of both."""
