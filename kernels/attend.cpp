@@ -1,5 +1,6 @@
 // What a single new token needs between products on a CPU: its rotation, and attention over the cache as it lies.
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -73,8 +74,7 @@ void attend_one(const float* q, const char* k, int64_t k_step, const char* v, in
     for (int64_t i = 0; i < length; i++) {
         if (seen && !seen[i]) continue;
         scores[i] = scale * dot(q, k + i * k_step, width);
-        // Written so that what is no number shows.
-        if (!(scores[i] <= most)) most = scores[i];
+        most = std::max(most, scores[i]);
     }
     for (int64_t c = 0; c < width; c++) y[c] = 0;
     for (int64_t i = 0; i < length; i++) {
@@ -109,7 +109,7 @@ void llmsqueeze_attend(const float* q, const void* k, const int64_t* k_strides, 
 }
 
 // y = x · cos + half-turned x · sin, as rotary embeddings turn queries and keys. x: [tokens][heads][width] with a stride
-// of tokens; cos, sin: [tokens][width], or of all tokens for turns 1; y: [tokens][heads][width]. All fp32.
+// of tokens; cos, sin: [turns][width], of token t row t % turns; y: [tokens][heads][width]. All fp32.
 void llmsqueeze_rotate(const float* x, int64_t stride, const float* cos, const float* sin, int64_t turns, float* y,
                        int64_t tokens, int64_t heads, int64_t width) {
     const int64_t half = width / 2;

@@ -1,6 +1,7 @@
 // y = x Wᵀ + b on a CPU, for W as it lies in the file: one bit a weight, then the non-zeros, row after row.
 //
-// values: bf16, fp16, fp32 or, where all are there, int8 (KIND 0 to 3); mask: [rows][ceil(columns / 8)] bytes, bit j % 8 of byte j / 8 is column j;
+// values: bf16, fp16, fp32 or, where all are there, int8 (KIND 0 to 3);
+// mask: [rows][ceil(columns / 8)] bytes, bit j % 8 of byte j / 8 is column j;
 // offsets: [rows + 1], where rows begin in values. x: [tokens][columns], y: [tokens][rows], fp32 as all sums are.
 //
 // A row is expanded 32 columns at a time in registers, and each piece meets a few tokens. bf16 becomes fp32 by

@@ -280,7 +280,7 @@ template <int BITS>
 WITH_AVX2 inline Eights decode(const uint8_t* bytes, int64_t fragment, int64_t side, int64_t u, int e, __m256i low,
                                __m256i high) {
     __m256i found[2];
-    if (BITS == FP8) {
+    if constexpr (BITS == FP8) {
         const __m256i zero = _mm256_setzero_si256();
         for (int h = 0; h < 2; h++) {
             const __m256i codes =
@@ -291,8 +291,8 @@ WITH_AVX2 inline Eights decode(const uint8_t* bytes, int64_t fragment, int64_t s
         }
     } else {
         __m256i codes = pairs<BITS>(bytes, fragment, side, u);
-        if (e) codes = _mm256_srli_epi16(codes, BITS == FP8 ? 0 : BITS);
-        codes = _mm256_and_si256(codes, _mm256_set1_epi8(BITS == FP8 ? 0 : (1 << BITS) - 1));
+        if (e) codes = _mm256_srli_epi16(codes, BITS);
+        codes = _mm256_and_si256(codes, _mm256_set1_epi8((1 << BITS) - 1));
         const __m256i a = _mm256_shuffle_epi8(low, codes), b = _mm256_shuffle_epi8(high, codes);
         found[0] = _mm256_unpacklo_epi8(a, b);
         found[1] = _mm256_unpackhi_epi8(a, b);

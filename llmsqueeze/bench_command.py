@@ -94,7 +94,7 @@ torch.compile, which takes a minute each; --no-compile leaves it out. Every oper
 its reference first. With a quantised KV cache (quantize-kv) attention reads it as it lies.
 
 On a CPU each model has a process of its own, whose memory is told, and they take turns; dense is the faster
-of bfloat16 and float32.
+of bfloat16 and float32. Quantised KV caches are refused there.
 """
 )
 @click.argument("checkpoint")
@@ -197,7 +197,7 @@ def _rows(found: Comparison) -> dict[str, str]:
         **memory,
         "loading": f"{mine.load_seconds:.1f} s, dense {dense.load_seconds:.1f}",
         "check": f"operators off by {found.error:.1e} at most, logits by {found.logit_error:.1%} from dense "
-        f"in the same dtype; first {found.same_tokens} of {found.tokens} greedy tokens the same",
+        f"computed alike; first {found.same_tokens} of {found.tokens} greedy tokens the same",
     }
 
 

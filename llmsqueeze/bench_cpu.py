@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import multiprocessing
+import signal
 import statistics
 import time
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from llmsqueeze.bench_model import (
     Comparison,
     Speed,
     agreement,
+    count_dropped,
     formats_of,
     last_logits,
     operator_error,
@@ -57,7 +59,8 @@ class _Facts:
 
 @dataclass(frozen=True)
 class _Memory:
-    """Bytes that the process holds in memory, mapped files included; peak: the most it ever held."""
+    """Bytes that the process holds in memory once it has decoded, mapped files included; peak: the most so
+    far."""
 
     resident: int
     peak: int
@@ -147,35 +150,37 @@ class _Worker:
         theirs.close()
 
     def ask(self, what: str) -> Any:
-        self._pipe.send(what)
         try:
+            self._pipe.send(what)
             answer = self._pipe.recv()
-        except EOFError as error:
+        except (EOFError, OSError) as error:
             raise EnvironmentFault(
                 "a process that measured ended without an answer; there may be too little memory for "
                 "the dense model"
             ) from error
-        if isinstance(answer, LlmsqueezeError):
+        if isinstance(answer, Exception):
             raise answer
         return answer
 
     def close(self) -> None:
         self._pipe.close()  # which ends it
-        self._process.join(10)
+        self._process.join(1)
         if self._process.is_alive():
             self._process.terminate()
+            self._process.join()
 
 
 def _serve(
     pipe: Any, path: str, prompt: list[int], dtype: torch.dtype, kernels: bool, threads: int
 ) -> None:
     """The process's end: answers until the pipe is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to end
     torch.set_num_threads(threads)
     model: _Model | None = None
     while True:
         try:
             what = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         try:
             if what == "load":
@@ -184,8 +189,10 @@ def _serve(
             else:
                 assert model is not None
                 pipe.send(model.decode() if what == "decode" else model.describe())
-        except LlmsqueezeError as error:
+        except (LlmsqueezeError, MemoryError) as error:
             pipe.send(error)
+        except Exception as error:  # told by the parent, like its own; not every kind can be sent
+            pipe.send(RuntimeError(f"{type(error).__name__}: {error}"))
 
 
 class _Model:
@@ -195,11 +202,14 @@ class _Model:
         self._model = load(Checkpoint(path), dtype, torch.device("cpu"), kernels=kernels)
         seconds = time.perf_counter() - began
         logits = last_logits(self._model, prompt)
-        error, operator = operator_error(self._model, prompt) if kernels else (0.0, "")
         if not kernels and gating_of(self._model) is not None:
             remove(self._model)
         self._decoder = Decoder(self._model, len(prompt) + STEPS + 1)
         tokens = [int(token) for token in self._decoder.generate(prompt, STEPS)]
+        # Before what only a bench does: references make weights dense.
+        self._memory = _memory()
+        count_dropped(self._model, tokens)
+        error, operator = operator_error(self._model, prompt) if kernels else (0.0, "")
         self.facts = _Facts(seconds, logits, error, operator, formats_of(self._model), tokens)
 
     def decode(self) -> tuple[float, float]:
@@ -219,10 +229,9 @@ class _Model:
             for t in (*self._model.parameters(), *self._model.buffers())
         }
         cache = self._decoder.cache_bytes(len(self._prompt) + STEPS)
-        memory = _memory()
         return Speed(
             none, none, sum(held.values()), read_bytes(self._model) + cache, cache, 0.0,
-            memory.resident, memory.peak,
+            self._memory.resident, self._memory.peak,
         )  # fmt: skip
 
 

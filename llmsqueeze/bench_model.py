@@ -214,6 +214,18 @@ def last_logits(model: nn.Module, prompt: Tensor) -> Tensor:
     return torch.stack(found)
 
 
+@torch.no_grad()
+def count_dropped(model: nn.Module, tokens: list[int]) -> None:
+    """Let gates, if there are any, count what they drop of these tokens, as decoding does, for read_bytes."""
+    gating = gating_of(model)
+    if gating is None:
+        return
+    policy, gating.policy = gating.policy, type(gating.policy).parse("all")
+    gating.count()
+    model(torch.tensor([tokens], device=next(model.parameters()).device), use_cache=False)
+    gating.counting, gating.policy = False, policy
+
+
 def _speed(
     model: nn.Module, prompt: Tensor, length: int, seconds: float, compiled: bool,
     formats: Mapping[int, LayerFormat] | None = None,
@@ -223,13 +235,7 @@ def _speed(
     tokens = [int(token) for token in decoder.generate(prompt, STEPS)]
     cache = decoder.cache_bytes(len(prompt) + STEPS)
     step = _timing(lambda: [decoder.step() for _ in range(STEPS)], STEPS)
-    gating = gating_of(model)
-    if gating:  # what decoding drops, measured on the tokens just chosen
-        policy, gating.policy = gating.policy, type(gating.policy).parse("all")
-        gating.count()
-        with torch.no_grad():
-            model(torch.tensor([tokens], device=decoder.device), use_cache=False)
-        gating.counting, gating.policy = False, policy
+    count_dropped(model, tokens)
     ids = prompt[None].to(decoder.device)
     with torch.no_grad():
         prefill = _timing(lambda: model(ids, use_cache=False, logits_to_keep=1), 1)

@@ -54,7 +54,7 @@ def main() -> NoReturn:
         cli.main(prog_name=PROGRAM, standalone_mode=False)
         code = 0
     except click.ClickException as error:
-        make_console(json=json_wanted).error(error.format_message() + _meant(error), 2)
+        make_console(json=json_wanted).error(_message(error), 2)
         code = 2
     except click.exceptions.Exit as done:
         code = done.exit_code
@@ -227,13 +227,14 @@ def convert(
     console.result(document, facts(str(out), rows))
 
 
-def _meant(error: click.ClickException) -> str:
-    """The choice that a wrong one looks like; click itself says so of commands and options only."""
+def _message(error: click.ClickException) -> str:
+    """With the choice that a wrong one looks like; click itself says so of commands and options only."""
+    message = error.format_message()
     kind = getattr(getattr(error, "param", None), "type", None)
     given = re.match(r"'(.*?)' is not one of", error.message)
     if not isinstance(kind, click.Choice) or not given:
-        return ""
-    return suggest(given[1], [str(choice) for choice in kind.choices])
+        return message
+    return message.rstrip(".") + suggest(given[1], [str(choice) for choice in kind.choices])
 
 
 def _gates(record: ActivationRecord) -> str:

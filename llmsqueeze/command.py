@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from llmsqueeze.errors import LlmsqueezeError
+from llmsqueeze.errors import LlmsqueezeError, RecipeError
 from llmsqueeze.interrupt import deferred
 from llmsqueeze.methods import Entry
 from llmsqueeze.recipe import DTYPES, config_fields
@@ -281,6 +281,14 @@ def check_free(out: Path, overwrite: bool) -> None:
 
     sweep(out)
     check_output(out, overwrite)
+
+
+def check_windows(windows: int | None, seqlen: int | None) -> None:
+    """RecipeError unless a text can be cut into so many windows of so many tokens."""
+    if windows is not None and windows < 1:
+        raise RecipeError(f"--windows {windows}: at least one window is needed")
+    if seqlen is not None and seqlen < 2:
+        raise RecipeError(f"--seqlen {seqlen}: a window needs at least two tokens")
 
 
 def open_checkpoint(

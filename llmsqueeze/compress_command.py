@@ -11,6 +11,7 @@ from llmsqueeze.command import (
     CHECKPOINT_HELP,
     RESUME_HELP,
     check_free,
+    check_windows,
     checkpoint_options,
     common,
     conclude,
@@ -80,8 +81,9 @@ def compress(
         raise RecipeError(
             "nothing to do: give --preset NAME, --recipe FILE or --set STEP.KEY=VALUE"
         )
-    if target_ppl_ratio is None and (text or windows or seqlen):
+    if target_ppl_ratio is None and any(given is not None for given in (text, windows, seqlen)):
         raise RecipeError("--text, --windows and --seqlen are those of --target-ppl-ratio: give it")
+    check_windows(windows, seqlen)
     if target_ppl_ratio is not None and not 1 <= target_ppl_ratio < 100:
         raise RecipeError(
             f"--target-ppl-ratio {target_ppl_ratio} is outside [1, 100): 1.05 is 5 % more"
@@ -100,7 +102,9 @@ def compress(
     from llmsqueeze.traffic import bytes_per_token
 
     wanted = None
-    if asked.manifest:
+    if (
+        asked.manifest and "sites" in asked.raw
+    ):  # as it was published, not only what recipe show prints
         wanted = Manifest.from_json(asked.manifest.read_text(encoding="utf-8"))
     check_free(out, overwrite)
     where = choose_device(device)
@@ -165,7 +169,7 @@ def _search(
 
     cut = evaluation_windows(
         text, load_tokenizer(opened.path), seqlen=window_length(opened, seqlen),
-        windows=windows or DEFAULT_WINDOWS,
+        windows=DEFAULT_WINDOWS if windows is None else windows,
     )  # fmt: skip
     check_vocabulary(cut.tokens, opened)
     precision = evaluation_dtype("auto", opened.dtype, where)
@@ -212,6 +216,10 @@ def _search(
             "size": f"{size(opened.stored_bytes)} → {size(made.stored_bytes)}",
             "read per token": f"{size(before)} → {size(after)} ({after / before:.0%})",
         }
+    elif found.verified:
+        rows["found"] = (
+            f"nothing: measured again the best had {found.verified:.4f}; nothing was written"
+        )
     else:
         rows["found"] = f"nothing: the lowest ratio was {lowest:.4f}; nothing was written"
     missed = Condition("token_ppl_ratio", ">", ratio)

@@ -16,6 +16,7 @@ import click
 from llmsqueeze.command import (
     CHECKPOINT_HELP,
     backend_option,
+    check_windows,
     checkpoint_options,
     common,
     conclude,
@@ -150,10 +151,7 @@ def evaluate(
     offline: bool,
     cache_dir: Path,
 ) -> None:
-    if windows is not None and windows < 1:
-        raise RecipeError(f"--windows {windows}: at least one window is needed")
-    if seqlen is not None and seqlen < 2:
-        raise RecipeError(f"--seqlen {seqlen}: a window needs at least two tokens")
+    check_windows(windows, seqlen)
     if against and baseline:
         raise RecipeError(
             "--against measures the dense model, --baseline knows it: give one of them"
@@ -299,9 +297,12 @@ def evaluate(
         )  # fmt: skip
     suites: list[Suite] = []
     if tasks:
+        from llmsqueeze.task_cache import make_folder
         from llmsqueeze.tasks import load as load_tasks
         from llmsqueeze.tasks import quiet, split_specs
 
+        if other:
+            make_folder(cache_dir / "tasks")
         if not console.verbose:
             quiet()
         suites = load_tasks(
@@ -312,7 +313,7 @@ def evaluate(
             for suite in suites:
                 check_requests(suite.sha256, earlier.get("tasks") or {}, f"--baseline {baseline}")
         judged = [name for suite in suites for name in suite.judged]
-        conditions += gates(*least, judged, {name for suite in suites for name in suite.names})
+        conditions += gates(*least, judged, {name for suite in suites for name in suite.sha256})
     stored = opened.kv_cache if kv_cache is None else None
     measured = measure(opened, "eval", packed=bool(kv_format or stored))
     mine = measured.perplexity
@@ -399,6 +400,8 @@ def _read_baseline(path: Path) -> dict[str, Any]:
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
         usable = isinstance(report["checkpoint"], str) and 0 < report["token_ppl"] < math.inf
+        if not isinstance(report.get("tasks", {}), dict):
+            raise TypeError
     except OSError as error:
         raise DataError(f"--baseline {path}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:

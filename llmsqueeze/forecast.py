@@ -65,8 +65,8 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Effort:
-    """Of one walk: commands; tokens that are calibrated on; bytes that it holds on the device, and seconds;
-    None where masks are trained, which is not estimated."""
+    """Of one step: its command; tokens that it is calibrated on; bytes that it holds on the device, and
+    seconds; None where masks are trained, which is not estimated."""
 
     command: str
     tokens: int
@@ -124,6 +124,9 @@ def outcome(checkpoint: Checkpoint, steps: list[Step]) -> Outcome:
             for name in names:
                 linears[name].zeros = max(recipe.target.sparsity, linears[name].zeros)
                 linears[name].pattern = recipe.target.pattern_name
+                # Products of inputs are for fitting what is left; where they only choose (DSnoT's quadratic
+                # swap), eight bits stay after all, and fewer bytes than said.
+                linears[name].int8 &= "gram" not in recipe.needs
                 linears[name].pack()
             sites[step.command] = len(names)
         elif isinstance(recipe, EncodeRecipe):

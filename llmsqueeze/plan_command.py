@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import click
+from click.core import ParameterSource
 
 from llmsqueeze.command import (
     CHECKPOINT_HELP,
@@ -50,6 +51,13 @@ def plan(
     given = None if memory is None else parse_size(memory)
     asked = ask(preset, recipe, settings)
     if asked:
+        source = click.get_current_context().get_parameter_source
+        given_too = [f"--{name}" for name in ("context", "batch", "memory")
+                     if source(name) is ParameterSource.COMMANDLINE]  # fmt: skip
+        if given_too:
+            raise RecipeError(
+                f"{' and '.join(given_too)}: not with a recipe; plan the checkpoint that it makes"
+            )
         _dry_run(console, checkpoint, asked, device, offline, cache_dir)
         return
 

@@ -45,7 +45,7 @@ def parse_yaml(text: str) -> Any:
 def read_recipe(path: Path) -> dict[str, Any]:
     """A recipe file as plain types: YAML in the shape of a recipe's to_dict, any part left out.
 
-    RecipeError if it cannot be read, is no mapping, or says a key twice.
+    RecipeError if it cannot be read, is no mapping, or says a key twice (in YAML).
     """
     import yaml
 
@@ -67,12 +67,17 @@ def read_recipe(path: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def located(path: Path | None) -> Iterator[None]:
-    """RecipeErrors that name a key of a recipe get file and line in front."""
+def located(path: Path | None, besides: dict[str, Any] | None = None) -> Iterator[None]:
+    """RecipeErrors that name a key of a recipe get file and line in front.
+
+    besides: settings that do not come from the file.
+    """
     try:
         yield
     except RecipeError as error:
-        line = line_of(path, error.key) if path and error.key else None
+        line = None
+        if path and error.key and not _has(besides or {}, error.key):
+            line = line_of(path, error.key)
         if line is None:
             raise
         raise RecipeError(f"{path}:{line}: {error}") from error
@@ -82,7 +87,10 @@ def line_of(path: Path, key: tuple[str, ...]) -> int | None:
     """The line, from 1, of the last part of `key` that stands in the file; None if none does."""
     import yaml
 
-    node = yaml.compose(_read(path), Loader=_loader())
+    try:
+        node = yaml.compose(_read(path), Loader=_loader())
+    except yaml.YAMLError:  # JSON indented by tabs
+        return None
     line = None
     for name in key:
         found = [pair for pair in _pairs(node) if str(pair[0].value) == name]
@@ -91,6 +99,15 @@ def line_of(path: Path, key: tuple[str, ...]) -> int | None:
         line = found[0][0].start_mark.line + 1
         node = found[0][1]
     return line
+
+
+def _has(raw: Any, key: tuple[str, ...]) -> bool:
+    """Whether nested mappings have this path."""
+    for name in key:
+        if not isinstance(raw, dict) or name not in raw:
+            return False
+        raw = raw[name]
+    return True
 
 
 def _read(path: Path) -> str:

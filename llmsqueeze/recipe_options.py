@@ -63,6 +63,7 @@ def ask(preset: str | None, recipe: Path | None, settings: tuple[str, ...]) -> A
             "--set out"
         )
     raw = merge(PRESETS[preset].recipe if preset else {}, read)
-    raw = merge(raw, parse_settings(settings))
-    with located(recipe):
+    over = parse_settings(settings)
+    raw = merge(raw, over)
+    with located(recipe, over):
         return Asked(raw, parse_steps(raw), manifest)

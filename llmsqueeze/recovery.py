@@ -97,6 +97,8 @@ def parse_gates(texts: tuple[str, ...]) -> tuple[float | None, dict[str, float]]
             raise RecipeError(
                 f"--min-recovery {text!r}: write a share, or TASK=SHARE, as in 0.95 or piqa=0.97"
             )
+        if match[1] in named:
+            raise RecipeError(f"--min-recovery {text}: the share of {match[1]} is given twice")
         if match[1]:
             named[match[1]] = float(match[2])
         elif everywhere is None:
@@ -114,23 +116,30 @@ def gates(
     A named one is a task, or TASK.METRIC; RecipeError if there is no such task.
     """
     limits = {} if everywhere is None else dict.fromkeys(judged, everywhere)
+    own: dict[str, float] = {}
     conditions = []
     for name, limit in named.items():
         task, dot, metric = name.partition(".")
-        task = re.sub(r"\W", "_", task)
+        task = key_of(task)
         if task not in known:
             raise RecipeError(
                 f"--min-recovery {name}={limit:g}: no such task here; there are {', '.join(sorted(known))}"
             )
         if dot:
             conditions.append(Condition(f"tasks.{task}.{metric}_recovery", "<", limit))
-            # The metric that was asked for is judged instead of the task's own.
+            # The metric that was asked for is judged instead of what the share of all tasks is for.
             limits.pop(task, None)
         else:
-            limits[task] = limit
+            own[task] = limit
+    limits |= own
     return [Condition(f"tasks.{task}.recovery", "<", least) for task, least in limits.items()] + (
         conditions
     )
+
+
+def key_of(name: str) -> str:
+    """The name of a task or metric as the report has it: a path into that is a condition's."""
+    return re.sub(r"\W", "_", name)
 
 
 def rows(entries: dict[str, Any]) -> dict[str, str]:

@@ -9,8 +9,8 @@ What is free follows from the recipe:
   steps of COARSE and then half of that, at the best sparsity of activations each, and once not at all.
 - All else stays as the recipe says, the bits of the KV cache too: bytes per token are those of weights.
 
-Bisection takes perplexity to rise with sparsity, going downhill takes bytes to have one minimum. A point is
-a checkpoint as it would be published, and measured as such.
+Bisection takes perplexity to rise with sparsity, going downhill takes bytes to have one minimum besides. A
+point is a checkpoint as it would be published, and measured as such.
 """
 
 from __future__ import annotations
@@ -172,6 +172,9 @@ class Search:
             at = descend(
                 lambda p: self.cost(p, allocation), round(target.sparsity, 6), COARSE, 0.0, most
             )
+            # Where few zeros save nothing, bytes have a second minimum: at none.
+            if self.cost(0.0, allocation) < self.cost(at, allocation):
+                at = 0.0
             for other in allocations if at else ():
                 self.cost(at, other)
             return
@@ -219,7 +222,7 @@ class Search:
         try:
             run_steps(
                 self.checkpoint, self.source_name, base, steps, self.device,
-                overwrite=base.exists(), note=self.note, on_block=self.on_block,
+                note=self.note, on_block=self.on_block,
             )  # fmt: skip
             if self.gates is None:
                 point = self._point(base, settings)

@@ -32,7 +32,7 @@ class SparsifyRecipe:
     """method: of ACTIVATION_METHODS, with its Config. sparsity: share of inputs dropped at every gate, or
     with allocation "greedy" of the bytes behind a block's gates.
 
-    prefill: which prompt tokens are gated when the checkpoint runs; see activation.Policy.
+    prefill: which prompt tokens are gated when the checkpoint runs; see policy.Policy.
     prefix: tokens of every calibration window that are neither counted nor gated.
     greedy_step: see methods.greedy.allocate. sequential: gates are calibrated on what comes through the
     gates before them, as when the checkpoint runs, instead of on the dense model's activations.

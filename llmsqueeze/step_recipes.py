@@ -91,7 +91,7 @@ def parse_settings(settings: tuple[str, ...]) -> dict[str, Any]:
             raise RecipeError(f"--set {text}: write STEP.KEY=VALUE, as in sparsify.sparsity=0.4")
         try:
             nested: Any = parse_yaml(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise RecipeError(f"--set {text}: {value!r} is not a value") from error
         for key in reversed(keys):
             nested = {key: nested}

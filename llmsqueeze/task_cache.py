@@ -37,6 +37,17 @@ def checkpoint_sha256(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def make_folder(folder: Path) -> None:
+    """Before anything is measured: EnvironmentFault when the folder cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise EnvironmentFault(
+            f"cannot write the cache {folder} ({error.strerror}); set --cache-dir"
+        ) from error
+
+
 @dataclass(frozen=True)
 class TaskCache:
     """What one checkpoint gave, run one way. key: plain JSON types that say which and how; note: told when
@@ -50,16 +61,16 @@ class TaskCache:
     def of(
         cls, folder: Path, checkpoint: Path, way: dict[str, Any], note: Callable[[str], None]
     ) -> TaskCache:
-        """way: all settings that are not part of the requests. Reads every file of the checkpoint."""
+        """folder: of make_folder; way: all settings that are not part of the requests.
+
+        Reads every file of the checkpoint.
+        """
         return cls(folder, {"checkpoint": checkpoint_sha256(checkpoint), **way}, note)
 
     def get(
         self, name: str, requests: dict[str, str], measure: Callable[[], dict[str, Any]]
     ) -> dict[str, Any]:
-        """What measure() returns, or did for the same requests, by their hashes.
-
-        EnvironmentFault when the folder cannot be written.
-        """
+        """What measure() returns, or did for the same requests, by their hashes."""
         versions = {package: version(package) for package in _PACKAGES}
         versions |= {"llmsqueeze": __version__, "format": str(TASK_RESULTS)}
         key = {**self.key, "requests": requests, "versions": versions}
@@ -72,14 +83,13 @@ class TaskCache:
                 self.note(f"{name}: the dense model's scores are known (kept in {self.folder})")
                 return dict(known["tasks"])
         found = measure()
+        descriptor, work = tempfile.mkstemp(prefix="partial-", dir=self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor, work = tempfile.mkstemp(prefix="partial-", dir=self.folder)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
                 json.dump({"key": key, "tasks": found}, file)
             Path(work).replace(path)
         except OSError as error:
-            raise EnvironmentFault(
-                f"cannot write the cache {self.folder} ({error.strerror}); set --cache-dir"
-            ) from error
+            # What took long to measure is worth more than being kept.
+            self.note(f"warning: {name}: scores are not kept in {self.folder} ({error.strerror})")
+            Path(work).unlink(missing_ok=True)
         return found

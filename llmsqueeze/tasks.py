@@ -15,7 +15,6 @@ import logging
 import math
 import os
 import random
-import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from lm_eval.tasks import TaskManager
 
 from llmsqueeze.errors import DataError, LlmsqueezeError, RecipeError
 from llmsqueeze.harness import HarnessLM
+from llmsqueeze.recovery import key_of
 
 # lm-eval's own seed: few-shot examples are those that it would choose.
 SEED = 1234
@@ -48,14 +48,13 @@ _ITEM_KEYS = ("query", "choices", "gold")
 class Suite:
     """What one name or file stands for: a task, or several. loaded: of lm-eval's TaskManager.
 
-    judged: names in the report that stand for it: a group's average, else every task. names: all that it
-    has there. sha256: of all requests, answers and scoring, by task. limit: items of every task, at most.
+    judged: names in the report that stand for it: a group's average, else every task. sha256: of all
+    requests, answers and scoring, by each name that it has there. limit: items of every task, at most.
     """
 
     spec: str
     loaded: Any
     judged: tuple[str, ...]
-    names: frozenset[str]
     sha256: dict[str, str]
     limit: int | None
 
@@ -129,7 +128,7 @@ def run(suite: Suite, model: HarnessLM) -> dict[str, dict[str, Any]]:
         entry |= {
             "bos": model.bos,
             "max_length": model.max_length,
-            "requests_sha256": suite.sha256.get(key_of(name)) or _joined(suite.sha256),
+            "requests_sha256": suite.sha256[key_of(name)],
             "chance": _chance(task) if task is not None else None,
         }
         entries[key_of(name)] = entry
@@ -156,11 +155,6 @@ def run_all(
         measure = functools.partial(run, suite, model)
         entries |= kept(name, suite.sha256, measure) if kept else measure()
     return entries
-
-
-def key_of(name: str) -> str:
-    """A name as the report has it."""
-    return re.sub(r"\W", "_", name)
 
 
 def _entry(name: str, results: dict[str, Any], found: Any) -> dict[str, Any] | None:
@@ -223,11 +217,15 @@ def _suite(
     for name, task in tasks.items():
         task.build_all_requests(limit=limit)
         hashes[key_of(name)] = _hash(spec, task)
-    averaged = [
-        key_of(group.name) for group in loaded.get("groups", {}).values() if group.has_aggregation
-    ]
-    top = [key for key in averaged if key == key_of(spec)] or averaged[:1]
-    return Suite(spec, loaded, tuple(top or hashes), frozenset({*hashes, *averaged}), hashes, limit)
+    groups = list(loaded.get("groups", {}).values())
+    # The first is the one that was asked for, the others are within it.
+    top = [key_of(group.name) for group in groups[:1] if group.has_aggregation]
+    averages = {
+        key_of(group.name): _hash_average(group, hashes)
+        for group in groups
+        if group.has_aggregation
+    }
+    return Suite(spec, loaded, tuple(top or hashes), hashes | averages, limit)
 
 
 def _seed(tasks: Any) -> None:
@@ -256,8 +254,10 @@ def _hash(spec: str, task: Any) -> str:
     return digest.hexdigest()
 
 
-def _joined(hashes: dict[str, str]) -> str:
-    return hashlib.sha256("".join(hashes.values()).encode()).hexdigest()
+def _hash_average(group: Any, hashes: dict[str, str]) -> str:
+    """Of how a group averages, and of all tasks that were loaded with it."""
+    line = json.dumps([group.to_dict(), hashes], default=str, sort_keys=True)
+    return hashlib.sha256(line.encode()).hexdigest()
 
 
 def _chance(task: Any) -> float | None:

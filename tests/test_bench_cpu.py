@@ -50,6 +50,17 @@ def test_a_pruned_model_beside_the_dense_one(cli: Callable[..., Any], pruned: Pa
     assert [c["failed"] for c in found["conditions"]] == [True]
 
 
+def test_gates_read_less(cli: Callable[..., Any], tiny: Callable[..., Path], tmp_path: Path,
+                         text_file: Path) -> None:  # fmt: skip
+    out = tmp_path / "gated"
+    made = cli("sparsify", tiny(), "-o", out, "--sparsity", 0.5, "--calib", text_file, "--samples", 4,
+               "--seqlen", 48, "--device", "cpu")  # fmt: skip
+    assert made.exit_code == 0, made.stderr
+    model = bench_cpu._Model(out, PROMPT, torch.float32, True)
+    speed = model.describe()
+    assert speed.read - speed.cache < 0.8 * speed.weights
+
+
 def test_what_it_refuses(
     cli: Callable[..., Any], pruned: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,6 +63,26 @@ def test_bytes_are_what_compress_makes(
     assert planned["peak_device_bytes"] is None
 
 
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt", "admm"])
+def test_eight_bits_stay_where_pruning_fits_nothing(
+    cli: Cli, tiny: Tiny, tmp_path: Path, text_file: Path, method: str
+) -> None:
+    source, out = tmp_path / "int8", tmp_path / "out"
+    whole = tiny("llama", hidden_size=128, intermediate_size=384, num_hidden_layers=2)
+    assert (
+        cli("convert", whole, "-o", source, "--to", "llmsqueeze", "--encode", "int8").exit_code == 0
+    )
+    settings = [f"method={method}", f"calibration.text={text_file}", "calibration.samples=4",
+                "calibration.seqlen=24"]  # fmt: skip
+    given = ["--device", "cpu", "--json"]
+    for setting in settings if method != "magnitude" else settings[:1]:
+        given += ["--set", f"prune.{setting}"]
+    planned = json.loads(cli("plan", source, *given).stdout)
+    made = json.loads(cli("compress", source, "-o", out, *given, "-q").stdout)
+    assert planned["bytes"]["after"] == pytest.approx(made["bytes"]["after"], rel=0.01)
+    assert cli("plan", source, *given, "--memory", "24GB").exit_code == 2
+
+
 def test_kernels_are_named_and_dense_is_no_gain(cli: Cli, tiny: Tiny) -> None:
     def kernels(*settings: str) -> dict[str, int]:
         given = [part for setting in settings for part in ("--set", setting)]

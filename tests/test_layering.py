@@ -103,7 +103,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "subject",
         "errors",
     ),
-    "tasks": ("harness", "errors"),
+    "tasks": ("harness", "recovery", "errors"),
     "task_cache": ("shards", "errors", "__version__"),
     "dense_gemv": (),
     "doctor": ("numerics", "ops", "errors"),

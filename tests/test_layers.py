@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,14 +147,15 @@ def test_attention_of_one_token(dtype: torch.dtype, masked: bool, length: int) -
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rotation(dtype: torch.dtype) -> None:
     every = torch.randn(2, 3, 7, 16).to(dtype)
-    cos, sin = torch.randn(2, 1, 3, 16).to(dtype)
-    for x in (every, every[:, :, :5], every[:, :1], every.transpose(1, 2)[:, :3]):
-        c, s = cos[:, : x.shape[1]], sin[:, : x.shape[1]]
-        torch.library.opcheck(torch.ops.llmsqueeze.rotate, (x, c, s))
-        expected = ops.rotate(x.double(), c.double(), s.double())
-        assert (
-            off(torch.ops.llmsqueeze.rotate(x, c, s), expected) < {4: 1e-6, 2: 8e-3}[dtype.itemsize]
-        )
+    for cos, sin in (torch.randn(2, 1, 3, 16).to(dtype), torch.randn(2, 2, 3, 16).to(dtype)):
+        for x in (every, every[:, :, :5], every[:, :1], every.transpose(1, 2)[:, :3]):
+            c, s = cos[:, : x.shape[1]], sin[:, : x.shape[1]]
+            torch.library.opcheck(torch.ops.llmsqueeze.rotate, (x, c, s))
+            expected = ops.rotate(x.double(), c.double(), s.double())
+            assert (
+                off(torch.ops.llmsqueeze.rotate(x, c, s), expected)
+                < {4: 1e-6, 2: 8e-3}[dtype.itemsize]
+            )
 
 
 def halved(model: Any) -> Any:
@@ -172,7 +174,7 @@ def pair(dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[Any, Any]:
     return dense, fast
 
 
-def calls(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The functions that layers reach for, as they do."""
     seen: list[str] = []
     own = cpu.Group.product
@@ -190,7 +192,7 @@ def test_a_layer_is_four_products(dtype: torch.dtype, monkeypatch: pytest.Monkey
     dense, fast = pair(dtype)
     worst = {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     assert all(m.forward.__module__ == layers.__name__ for m in fast.model.layers)
-    seen = calls(fast, monkeypatch)
+    seen = calls(monkeypatch)
     for ids in (IDS, IDS[:1, :1], IDS[:2, :1]):
         seen.clear()
         assert off(logits(fast, ids), logits(dense, ids).double()) < worst
@@ -212,16 +214,19 @@ def test_decoding_step_by_step() -> None:
     ids = torch.arange(24).view(2, 12) % 60 + 2
     mask = torch.ones_like(ids)
     mask[1, :3] = 0
-    for asked in ({}, {"attention_mask": mask}):
+    # A cache without a config makes its layers when they are needed: it begins with none.
+    kinds = (lambda config: DynamicCache(config=config)), lambda config: DynamicCache()
+    for asked, kind in itertools.product(({}, {"attention_mask": mask}), kinds):
         found = []
         for model in (dense, fast):
-            cache = DynamicCache(config=model.config)
+            cache = kind(model.config)
             rows = []
             for i in range(ids.shape[1]):
                 options = {n: m[:, : i + 1] for n, m in asked.items()}
                 rows.append(
                     model(ids[:, i : i + 1], **options, **cache_options(model, cache)).logits
                 )
+            assert cache.get_seq_length() == ids.shape[1]
             found.append(torch.cat(rows, 1)[mask.bool()] if asked else torch.cat(rows, 1))
         assert off(found[1], found[0].double()) < 1e-5
     asked = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -234,19 +239,40 @@ def test_decoding_step_by_step() -> None:
         assert [int(t) for t in Decoder(model, 20).generate(ids[0], 6)] == alone
 
 
-def test_layers_that_someone_watches_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_someone_watches_stay_as_they_are() -> None:
     dense, fast = pair()
     with torch.no_grad():
         out = fast(IDS, use_cache=False, output_hidden_states=True)
         expected = dense(IDS, use_cache=False, output_hidden_states=True)
     for one, other in zip(out.hidden_states, expected.hidden_states, strict=True):
         assert off(one, other.double()) < 1e-5
-    watched: list[Any] = []
-    fast.model.layers[0].self_attn.register_forward_hook(lambda *given: watched.append(given))
-    seen = calls(fast, monkeypatch)
+    expected = logits(dense, IDS).double()
+    for path in ("self_attn", "self_attn.o_proj", "mlp.down_proj", "input_layernorm"):
+        watched: list[Any] = []
+        hook = (
+            fast.model.layers[0]
+            .get_submodule(path)
+            .register_forward_hook(lambda *given, to=watched: to.append(given))
+        )
+        assert off(logits(fast, IDS), expected) < 1e-5
+        assert len(watched) == 1, path
+        hook.remove()
+        logits(fast, IDS)
+        assert len(watched) == 1, path
+
+
+def test_layers_whose_modules_are_replaced_use_them() -> None:
+    dense, fast = pair()
+    for model in (dense, fast):
+        layer = model.model.layers[1]
+        layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj, nn.Tanh())
     assert off(logits(fast, IDS), logits(dense, IDS).double()) < 1e-5
-    # Its first layer went the modules' own way, in which both projections of the MLP are one product too.
-    assert len(watched) == 1 and len(seen) == 4 * len(fast.model.layers)
+
+
+def test_a_copy_is_refused() -> None:
+    _, fast = pair()
+    with pytest.raises(TypeError, match="cannot be copied"):
+        copy.deepcopy(fast)
 
 
 def test_operators_when_asked() -> None:

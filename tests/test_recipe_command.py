@@ -26,6 +26,7 @@ from llmsqueeze.recipe_schema import recipe_schema, step_schema
 from llmsqueeze.step_recipes import RECIPES, merge, parse_settings, parse_steps, resolved
 
 Cli = Callable[..., Any]
+Tiny = Callable[..., Path]
 
 RAW: list[dict[str, Any]] = [
     *[preset.recipe for preset in PRESETS.values()],
@@ -183,3 +184,50 @@ def test_merging_changes_neither_side() -> None:
     under, over = {"a": {"x": 1, "y": 2}, "b": 1}, {"a": {"x": 3}, "c": None}
     assert merge(under, over) == {"a": {"x": 3, "y": 2}, "b": 1, "c": None}
     assert under == {"a": {"x": 1, "y": 2}, "b": 1} and over == {"a": {"x": 3}, "c": None}
+
+
+def test_settings_are_not_blamed_on_the_file(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "ok.yaml"
+    file.write_text("sparsify:\n  sparsity: 0.4\n")
+    for wrong in (
+        "sparsify.sparsity=hello",
+        "sparsify.sparsity=2024-13-45",
+        "sparsify.sparsty=0.5",
+    ):
+        result = cli("recipe", "show", file, "--set", wrong)
+        assert result.exit_code == 2 and "ok.yaml" not in result.stderr, result.stderr
+        assert "spars" in result.stderr
+
+
+def test_json_may_be_indented_by_tabs(cli: Cli, tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    file.write_text('{\n\t"prune": {\n\t\t"methd": "wanda"\n\t}\n}')
+    result = cli("recipe", "validate", file)
+    assert result.exit_code == 2 and "did you mean 'method'?" in result.stderr
+
+
+def test_what_show_prints_can_be_done(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
+    """Of a history that has a command twice, too; into directories that are not there yet."""
+    once, twice = ({"command": "prune", "recipe": {"method": "magnitude", "target": {"sparsity": share}}}
+                   for share in (0.3, 0.6))  # fmt: skip
+    history, shown = tmp_path / "history.yaml", tmp_path / "shown.yaml"
+    history.write_text(yaml.safe_dump({"format_version": 1, "steps": [once, twice]}))
+    result = cli("recipe", "show", history)
+    assert result.exit_code == 0, result.stderr
+    shown.write_text(result.stdout)
+    out = tmp_path / "not" / "there" / "out"
+    result = cli("compress", tiny(), "-o", out, "--recipe", shown, "--device", "cpu", "-q")
+    assert result.exit_code == 0, result.stderr
+    assert len(json.loads((out / "llmsqueeze.json").read_text())["steps"]) == 2
+
+
+@pytest.mark.parametrize("windows", ["0", "-1"])
+def test_a_search_needs_windows(cli: Cli, tiny: Tiny, tmp_path: Path, windows: str) -> None:
+    args = ["compress", tiny(), "-o", tmp_path / "out", "--preset", "fastest", "--windows", windows]
+    for target in ([], ["--target-ppl-ratio", 1.05]):
+        assert cli(*args, *target).exit_code == 2
+
+
+def test_a_wrong_choice_is_told_the_right_one(cli: Cli, tiny: Tiny, tmp_path: Path) -> None:
+    result = cli("compress", tiny(), "-o", tmp_path / "out", "--preset", "fastst")
+    assert result.exit_code == 2 and "'careful'; did you mean 'fastest'?" in result.stderr

@@ -24,7 +24,7 @@ import yaml
 from llmsqueeze import bench, bench_cpu, bench_model
 from llmsqueeze.bench import Timing
 from llmsqueeze.checkpoint import Checkpoint
-from llmsqueeze.report import pictures, svg, tiles
+from llmsqueeze.report import files, pictures, svg, tiles
 from llmsqueeze.report.document import short_names
 from llmsqueeze.report.page import page
 from llmsqueeze.report.schema import BENCH_KERNELS, REPORT_SCHEMA, RESULTS, fault
@@ -230,7 +230,7 @@ def test_a_measurement_that_failed_is_reported(cli: Cli, made: Path, tmp_path: P
     ("text", "message"),
     [
         ("", "not one JSON document"), ("{}", "not what"), ("[1]", "not what"),
-        ('{"a": NaN}', "NaN"), ('{"schema": "llmsqueeze.eval/2"}', "not what"),
+        ('{"a": NaN}', "NaN"), ('{"a": 1e999}', "1e999"), ('{"schema": "llmsqueeze.eval/2"}', "not what"),
         ('{"schema": "llmsqueeze.eval/1"}', "has no checkpoint"), (None, "No such file"),
     ],
 )  # fmt: skip
@@ -463,12 +463,32 @@ def test_names_are_as_short_as_they_can_be() -> None:
 def test_nothing_that_is_shown_is_taken_for_markup() -> None:
     name = '/x/<b>&"|`*_\x1b'
     failed = {"error": name, "exit_code": 3}
-    report = as_report(evaluation(name, 12.0, 8), model_result(name), failed)
+    judged = [{"fail_if": name, "value": 1.0, "failed": True}]
+    measured = evaluation(name, 12.0, 8, conditions=judged)
+    report = as_report(measured, model_result(name), failed)
     text = page(report)
     Strict.check(text)
     assert "<b>" not in text and "<b>" not in markdown(report)
     assert all("\\|" in line for line in markdown(report).splitlines() if "&lt;b&gt;" in line)
     ElementTree.fromstring(junit(report))
+
+
+def test_what_is_no_text_is_written_all_the_same(tmp_path: Path) -> None:
+    """Names of directories may be any bytes, which `--json` prints as lone surrogates."""
+    written = files.write(as_report(evaluation("/x/\udcff", 12.0, 8)), tmp_path / "r")
+    assert all((tmp_path / "r" / name).read_text(encoding="utf-8") for name in written)
+
+
+def test_equal_results_have_labels_of_their_own() -> None:
+    report = as_report(*[evaluation("/x/m", 12.0, 8)] * 3)
+    assert len({result["label"] for result in report["results"]}) == 3
+
+
+def test_a_cpu_is_named_with_its_threads_and_dtypes() -> None:
+    result = model_result() | {"cpu": "a Xeon", "threads": 2, "dense_dtype": "float32"}
+    del result["gpu"]
+    for text in (page(as_report(result)), markdown(as_report(result))):
+        assert "a Xeon, 2 threads, bfloat16, dense float32" in text
 
 
 class Strict(HTMLParser):

@@ -337,6 +337,19 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
     assert found["tasks"]["both"]["items"] == 24 and found["tasks"]["first_ones"]["items"] == 9
     judged = [condition["fail_if"] for condition in found["conditions"]]
     assert judged == ["tasks.both.recovery < 1", "tasks.others.recovery < 0.5"]
+    # A group without an average of its own is its tasks, whatever groups within it have.
+    (folder / "all.yaml").write_text("group: all\ntask: [both]\n")
+    result = run(tiny(), "--tasks", "all", "--against", tiny(), "--min-recovery", 1)
+    judged = [condition["fail_if"] for condition in json.loads(result.stdout)["conditions"]]
+    assert judged == ["tasks.first_ones.recovery < 1", "tasks.others.recovery < 1"]
+    # Another average of the same requests is another score.
+    before = found["tasks"]["both"]["requests_sha256"]
+    text = (folder / "both.yaml").read_text()
+    (folder / "both.yaml").write_text(text.replace("true", "false"))
+    other = json.loads(run(tiny(), "--tasks", "both", *gate).stdout)["tasks"]["both"]
+    assert other["requests_sha256"] != before
+    dense = other["dense"]["acc"]
+    assert dense == other["acc"] != found["tasks"]["both"]["acc"]
 
 
 def test_cut_requests_are_counted(run: Any, tiny: Any, items: Path) -> None:
@@ -533,8 +546,9 @@ def test_gates_are_read_strictly() -> None:
     for wrong in ("", "x", "a=b", "-1", "nan", "a=", "=1", "1e3", "a b=1"):
         with pytest.raises(llmsqueeze.LlmsqueezeError, match="TASK=SHARE"):
             parse_gates((wrong,))
-    with pytest.raises(llmsqueeze.LlmsqueezeError, match="twice"):
-        parse_gates(("0.9", "0.8"))
+    for twice in (("0.9", "0.8"), ("piqa=0.9", "piqa=0.8")):
+        with pytest.raises(llmsqueeze.LlmsqueezeError, match="twice"):
+            parse_gates(twice)
     with pytest.raises(llmsqueeze.LlmsqueezeError, match="no such task here"):
         gates(None, {"piqq": 0.9}, [], {"piqa"})
     found = gates(0.9, {"b": 0.5, "c.acc_norm": 0.7}, ["a", "b", "c"], {"a", "b", "c"})
@@ -543,6 +557,11 @@ def test_gates_are_read_strictly() -> None:
         "tasks.b.recovery < 0.5",
         "tasks.c.acc_norm_recovery < 0.7",
     ]
+    for named in ({"c": 0.5, "c.acc_norm": 0.7}, {"c.acc_norm": 0.7, "c": 0.5}):
+        assert sorted(map(str, gates(0.9, named, ["c"], {"c"}))) == [
+            "tasks.c.acc_norm_recovery < 0.7",
+            "tasks.c.recovery < 0.5",
+        ]
 
 
 def test_other_settings_are_not_compared() -> None:
@@ -651,3 +670,20 @@ def test_without_lm_eval(run: Any, tiny: Any, items: Path, monkeypatch: pytest.M
     one_line(run(tiny(), "--tasks", items), 4, "pip install 'llmsqueeze[eval]'")
     with pytest.raises(llmsqueeze.LlmsqueezeError, match="needs lm-eval"):
         llmsqueeze.lm_eval_model(tiny())
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_at_once(
+    cli: Any,
+    tiny: Any,
+    items: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("")
+    measured: list[Any] = []
+    monkeypatch.setattr("llmsqueeze.tasks.evaluate", lambda *args, **options: measured.append(args))
+    result = cli("eval", tiny(), "--against", tiny(), "--tasks", items, "--text", text_file,
+                 "--cache-dir", tmp_path / "file", *SHORT)  # fmt: skip
+    assert result.exit_code == 4 and "--cache-dir" in result.stderr
+    assert measured == []

@@ -40,7 +40,7 @@ def pack_bitmask(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def dense_tiles(mask: np.ndarray, size: int) -> np.ndarray:
     """[tile rows, tile columns] bool: the square tiles that are not 2:4 along inputs.
 
-    mask: uint8 as above; size: weights along a side, a multiple of 4; edge tiles are ragged.
+    mask: uint8 as above; size: weights along a side, a multiple of 8; edge tiles are ragged.
     """
     rows, groups = mask.shape[0], 2 * mask.shape[1]
     # A byte is two groups of four columns.

@@ -310,7 +310,7 @@ def attend(
 
 
 def attend_fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether attend has a kernel for this: 16 bits, heads up to 256 wide, up to 8 queries to a kv head."""
+    """Whether attend has a CUDA kernel for this: 16 bits, heads to 256 wide, up to 8 queries to a kv head."""
     width, group = q.shape[-1], q.shape[1] // k.shape[1]
     return (
         q.shape[2] == 1

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmsqueeze import ops
+from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import int8, kv_tiles
 from llmsqueeze.ops import layer
 
@@ -31,7 +32,7 @@ GATED_TOKENS = 2
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None if they were not built."""
+    """The compiled kernels; None if they were not built. EnvironmentFault if those are another version's."""
     found = sorted(Path(__file__).parent.parent.glob("_bitmask.*"))
     if not found:
         return None
@@ -50,7 +51,11 @@ def library() -> ctypes.CDLL | None:
         + [number] * 3,
         "kv_append": [pointer] * 3 + [size] + [pointer] * 10 + [size] * 5 + [number],
     }.items():  # fmt: skip
-        function = getattr(loaded, f"llmsqueeze_{name}")
+        function = getattr(loaded, f"llmsqueeze_{name}", None)
+        if function is None:
+            raise EnvironmentFault(
+                f"{found[0].name} was built by another version of llmsqueeze; install it again"
+            )
         function.argtypes, function.restype = arguments, None
     return loaded
 
@@ -63,7 +68,7 @@ def instructions() -> str | None:
 
 def most_tokens(dtype: torch.dtype) -> int:
     """Rows of x in this dtype that meet weights as they are."""
-    return _most(_library(), dtype, None)
+    return _most(dtype, None)
 
 
 def bitmask_linear(
@@ -74,7 +79,7 @@ def bitmask_linear(
     columns, rows = x.shape[-1], len(mask)
     tokens = x.numel() // columns
     values, mask, row_offsets = _whole(values), _whole(mask), _whole(row_offsets)
-    if tokens > _most(loaded, x.dtype, isa):
+    if tokens > _most(x.dtype, isa):
         panel = _Expander(loaded, x, values, mask, row_offsets, columns, isa)
         return ops.by_panels(x, rows, bias, panel.rows)
     group = Group([values], [mask], [row_offsets], [_NONE])
@@ -84,9 +89,8 @@ def bitmask_linear(
 def dense_linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, isa: int | None = None
 ) -> Tensor:
-    loaded = _library()
     tokens = x.numel() // weight.shape[1]
-    if tokens > _most(loaded, x.dtype, isa) or not weight.is_contiguous():
+    if tokens > _most(x.dtype, isa) or not weight.is_contiguous():
         return ops.linear(x, weight, bias)
     group = Group([weight], [_NONE], [_NONE], [_NONE])
     return group.product(x, None, 0.0, bias, None, isa=isa)
@@ -97,8 +101,8 @@ def linears(
     row_offsets: list[Tensor], scales: list[Tensor], bias: Tensor | None, residual: Tensor | None,
     glu: bool = False, *, isa: int | None = None,
 ) -> Tensor:  # fmt: skip
-    loaded, columns = _library(), x.shape[-1]
-    if x.numel() > columns * _most(loaded, x.dtype, isa):
+    columns = x.shape[-1]
+    if x.numel() > columns * _most(x.dtype, isa):
         return _many_tokens(
             x, norm, epsilon, values, masks, row_offsets, scales, bias, residual, glu, isa
         )
@@ -134,7 +138,7 @@ class Group:
         self._call(
             self._weights, len(self._weights), _address(factors), epsilon, _address(offset),
             _address(added), seen.data_ptr(), y.data_ptr(), columns, x.numel() // columns,
-            self._kind, glu, _isa() if isa is None else isa, torch.get_num_threads(),
+            self._kind, glu, _best(isa), torch.get_num_threads(),
         )  # fmt: skip
         return y if x.dtype is torch.float32 else y.to(x.dtype)
 
@@ -169,7 +173,7 @@ def attend(
         seen.data_ptr(), k.data_ptr(), strides(*k.stride()[:3]), v.data_ptr(),
         strides(*v.stride()[:3]), _address(mask), 0 if mask is None else mask.stride(0),
         y.data_ptr(), batch, heads, kv_heads, length, width, scale, _KINDS[k.dtype],
-        _best(loaded, isa), torch.get_num_threads(),
+        _best(isa), torch.get_num_threads(),
     )  # fmt: skip
     return y if q.dtype is torch.float32 else y.to(q.dtype)
 
@@ -238,7 +242,7 @@ def gated_bitmask_linear(
     loaded.llmsqueeze_gated_bitmask_linear(
         *(part.data_ptr() for part in parts), 8 * mask.shape[2], limit.data_ptr(), len(limit),
         _address(offset), seen.data_ptr(), y.data_ptr(), rows, columns, tokens,
-        _KINDS[values.dtype], _best(loaded, isa), torch.get_num_threads(),
+        _KINDS[values.dtype], _best(isa), torch.get_num_threads(),
     )  # fmt: skip
     if residual is not None:
         y += residual
@@ -275,16 +279,19 @@ def kv_attend(
     loaded, tokens = _library(), int(length)
     batch, heads, _, width = q.shape
     kv_heads = tiles.shape[1]
-    _check_tiles(tiles, format, tokens, angles)
+    _check_tiles(tiles, format, tokens, angles, batch, kv_heads, width)
+    if key_sinks is not None and value_sinks is not None and key_sinks.dtype != value_sinks.dtype:
+        raise ValueError("kv_attend: sinks of two dtypes")
+    tiles = _whole(tiles)
     seen, sinks = _seen(q), [None if s is None else _whole(s) for s in (key_sinks, value_sinks)]
     start = None if padding is None else _whole(padding.int())
     given = [None if t is None else _whole(t) for t in (books, channels, inverse, angles)]
     y = torch.empty(batch, 1, heads, width)
     loaded.llmsqueeze_kv_attend(
-        seen.data_ptr(), _whole(tiles).data_ptr(), tokens, _address(start),
+        seen.data_ptr(), tiles.data_ptr(), tokens, _address(start),
         *(_address(t) for t in (*given, *sinks)), y.data_ptr(), _fields(format), batch, kv_heads,
         heads // kv_heads, tiles.shape[2], 0 if key_sinks is None else key_sinks.shape[2], window,
-        scale, 0 if key_sinks is None else _KINDS[key_sinks.dtype], _best(loaded, isa),
+        scale, 0 if key_sinks is None else _KINDS[key_sinks.dtype], _best(isa),
         torch.get_num_threads(),
     )  # fmt: skip
     return y if q.dtype is torch.float32 else y.to(q.dtype)
@@ -298,8 +305,8 @@ def kv_append(
 ) -> None:  # fmt: skip
     """ValueError as for kv_attend, and where tiles or sinks could not be written in place."""
     tokens = int(length)
-    batch, heads, _, _ = key.shape
-    _check_tiles(tiles, format, tokens, angles)
+    batch, heads, _, width = key.shape
+    _check_tiles(tiles, format, tokens, angles, batch, heads, width)
     written = [t for t in (tiles, key_sinks, value_sinks) if t is not None]
     if not all(t.is_contiguous() for t in written) or any(
         s.dtype != key.dtype for s in written[1:]
@@ -316,9 +323,13 @@ def kv_append(
     )  # fmt: skip
 
 
-def _check_tiles(tiles: Tensor, format: list[int], tokens: int, angles: Tensor | None) -> None:
+def _check_tiles(
+    tiles: Tensor, format: list[int], tokens: int, angles: Tensor | None, batch: int, kv_heads: int,
+    width: int,
+) -> None:  # fmt: skip
     form, capacity = kv_tiles.TileFormat.from_arguments(format), tiles.shape[2]
-    fine = form.width in kv_tiles.WIDTHS and tiles.shape[3] == form.record
+    fine = form.width == width and width in kv_tiles.WIDTHS
+    fine &= tiles.shape[:2] == (batch, kv_heads) and tiles.shape[3] == form.record
     fine &= max(form.key_slots, form.value_slots) <= kv_tiles.MOST_SLOTS
     if not fine or not 0 < tokens <= kv_tiles.TOKENS * capacity:
         raise ValueError(f"{tokens} tokens in tiles {tuple(tiles.shape)}: they do not fit {form}")
@@ -337,7 +348,7 @@ class _Expander:
         self, loaded: ctypes.CDLL, x: Tensor, values: Tensor, mask: Tensor, row_offsets: Tensor,
         columns: int, isa: int | None,
     ) -> None:  # fmt: skip
-        self._loaded, self._isa = loaded, _best(loaded, isa)
+        self._loaded, self._isa = loaded, _best(isa)
         self._values, self._mask, self._row_offsets = values, mask, row_offsets
         self._columns = columns
         self._dtype = values.dtype if values.dtype == x.dtype else torch.float32
@@ -433,7 +444,7 @@ def _input_major(
     loaded.llmsqueeze_gated_linear(
         weight.data_ptr(), weight.stride(1), limit.data_ptr(), len(limit), _address(step),
         _address(offset), seen.data_ptr(), y.data_ptr(), rows, columns, x.numel() // columns,
-        _KINDS[weight.dtype], _best(loaded, isa), torch.get_num_threads(),
+        _KINDS[weight.dtype], _best(isa), torch.get_num_threads(),
     )  # fmt: skip
     return y
 
@@ -453,13 +464,13 @@ def _library() -> ctypes.CDLL:
     return loaded
 
 
-def _most(loaded: ctypes.CDLL, dtype: torch.dtype, isa: int | None) -> int:
+def _most(dtype: torch.dtype, isa: int | None) -> int:
     """Rows of x that kernels take; all that they can, if instructions are asked for."""
-    wide = isa is None and INSTRUCTIONS[_best(loaded, None)] == "AVX-512"
-    return WIDE_TOKENS[dtype] if wide else TOKENS
+    wide = isa is None and INSTRUCTIONS[_best(None)] == "AVX-512"
+    return WIDE_TOKENS.get(dtype, TOKENS) if wide else TOKENS
 
 
-def _best(loaded: ctypes.CDLL, isa: int | None) -> int:
+def _best(isa: int | None) -> int:
     return _isa() if isa is None else isa
 
 

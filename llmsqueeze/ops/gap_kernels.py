@@ -24,7 +24,7 @@ def gap_linear(
     x, tokens, columns = matrix(x, 8)
     bias = addend(bias)
     slices, index = len(first) - 1, x.device.index
-    # Two blocks of gaps.cu to a multiprocessor: where they hold too much of x, tensor cores are faster.
+    # Where two blocks of gaps.cu to a multiprocessor would hold too much of x, tensor cores are faster.
     few = tokens <= 2 or (tokens <= FEW and 2 * _held(tokens, reach) <= cuda.most_shared(index))
     ring = None
     if not few and tokens <= TENSOR:

@@ -6,7 +6,9 @@ Its shape is schema.REPORT_SCHEMA. Nothing of it depends on the time or the mach
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -32,7 +34,9 @@ ERRORS = ("relative_error", "rounding_error")
 def read_result(path: Path) -> dict[str, Any]:
     """An entry of the report's results, of what a command printed with --json; DataError if it is none."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+        document = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_refuse, parse_float=_finite
+        )
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -44,6 +48,8 @@ def read_result(path: Path) -> dict[str, Any]:
         )
     if found := fault(document, RESULTS[kind]):
         raise DataError(f"{path}: not a whole result of {kind}: {found}; measure again")
+    if kind == "bench model" and not document.keys() & {"gpu", "cpu"}:
+        raise DataError(f"{path}: it does not say what it was measured on; measure again")
     return {
         "kind": kind,
         "label": kind,
@@ -72,9 +78,10 @@ def build(
     for entry in described:
         entry["label"] = labels[entry["name"]]
     found = [_place(result, described, labels) for result in results]
-    for entry in found:
-        if sum(other["label"] == entry["label"] for other in found) > 1:
-            entry["label"] += f" ({entry['file']})"
+    shared = Counter(entry["label"] for entry in found)
+    for number, entry in enumerate(found, 1):
+        if shared[entry["label"]] > 1:
+            entry["label"] += f" ({number}: {entry['file']})"
     for index, entry in enumerate(described):
         _add_measured(entry, [r for r in found if r["checkpoint"] == index])
     conditions = [
@@ -113,6 +120,13 @@ def short_names(names: Sequence[str]) -> list[str]:
         return name
 
     return [shortest(name) for name in names]
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    if not math.isfinite(number):
+        _refuse(digits)
+    return number
 
 
 def _refuse(constant: str) -> NoReturn:

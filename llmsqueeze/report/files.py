@@ -29,7 +29,7 @@ def write(report: Mapping[str, Any], out: Path, *, overwrite: bool = False) -> l
     """
     check_report(out, overwrite)
     files = {
-        REPORT_NAME: json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        REPORT_NAME: json.dumps(report, indent=1, allow_nan=False) + "\n",
         "report.md": markdown(report),
         "junit.xml": junit(report),
         "report.html": page(report),
@@ -41,7 +41,7 @@ def write(report: Mapping[str, Any], out: Path, *, overwrite: bool = False) -> l
         raise ResourceError(f"cannot write to {out.parent} ({error.strerror})") from error
     try:
         for name, text in files.items():
-            (Path(made) / name).write_text(text, encoding="utf-8")
+            (Path(made) / name).write_text(text, encoding="utf-8", errors="backslashreplace")
         publish_directory(Path(made), out)
     finally:
         shutil.rmtree(made, ignore_errors=True)

@@ -214,7 +214,7 @@ def _speed(report: Mapping[str, Any]) -> str:
                 f"{1e3 / d['compressed']['ms_per_token']:.1f}", f"{bar.speedup:.2f}",
                 f"{bar.bound:.2f}", size(d["dense"]["bytes_per_token"]),
                 size(d["compressed"]["bytes_per_token"]), f"{d['same_tokens']} of {d['tokens']}",
-                f"{escape(device_of(d))}, {escape(d['dtype'])}, {d['prompt']} tokens of prompt, "
+                f"{escape(device_of(d))}, {d['prompt']} tokens of prompt, "
                 f"{'compiled' if d['compiled'] else 'not compiled'}",
             ]
             for bar, d in zip(bars, (r["document"] for r in models), strict=True)

@@ -77,8 +77,10 @@ _BENCH_MODEL = _object(
         "compressed": _SPEED, "speedup": _NUMBER, "bound": _NUMBER, "error": _NUMBER,
         "same_tokens": _COUNT, "tokens": _COUNT,
     },
-    # One of both.
-    optional={"gpu": _TEXT, "cpu": _TEXT, "threads": _COUNT, **_CONDITIONS},
+    # gpu, or the others: what it was measured on (document.read_result sees to that).
+    optional={
+        "gpu": _TEXT, "cpu": _TEXT, "threads": _COUNT, "dense_dtype": _TEXT, **_CONDITIONS,
+    },
 )  # fmt: skip
 _BENCH_KERNELS = _object(
     {

@@ -147,9 +147,11 @@ def _is_number(value: Any) -> bool:
 
 
 def device_of(document: Mapping[str, Any]) -> str:
-    """What a model was measured on."""
-    name: str = document.get("gpu") or document.get("cpu", "")
-    return name
+    """What a model was measured on, and in what where the dense one was not in the same."""
+    threads = f", {document['threads']} threads" if "threads" in document else ""
+    dense = document.get("dense_dtype", document["dtype"])
+    other = f", dense {dense}" if dense != document["dtype"] else ""
+    return f"{document.get('gpu') or document.get('cpu')}{threads}, {document['dtype']}{other}"
 
 
 def _value(value: float | None) -> str:
@@ -224,7 +226,7 @@ def junit(report: Mapping[str, Any]) -> str:
     for condition in report["conditions"]:
         case = _case(by_suite, condition["of"], f"fail if {condition['fail_if']}")
         if condition["failed"]:
-            message = f"{condition['fail_if']}: {_value(condition['value'])}"
+            message = printable(f"{condition['fail_if']}: {_value(condition['value'])}")
             ElementTree.SubElement(
                 case, "failure", message=message, type="condition"
             ).text = message
@@ -234,7 +236,7 @@ def junit(report: Mapping[str, Any]) -> str:
             detail = printable(check["detail"])
             ElementTree.SubElement(case, "failure", message=detail, type="promise").text = detail
         elif check["status"] == "not measured":
-            ElementTree.SubElement(case, "skipped", message=check["detail"])
+            ElementTree.SubElement(case, "skipped", message=printable(check["detail"]))
     for result in report["results"]:
         if result["kind"] == "error":
             case = _case(by_suite, result["label"], "measured to the end")

@@ -20,7 +20,7 @@ def load(
     """The causal language model, ready to run. checkpoint: opened, hence already checked.
 
     kernels: compressed weights stay compressed on the device, and kernels compute with them; else they
-    are dense there, zeros and all. On a CPU pruned weights then stay in the file.
+    are dense there, zeros and all. On a CPU pruned and eight-bit weights then stay in the file.
 
     Raises CheckpointError if transformers reports a tensor missing, left over or of another shape;
     EnvironmentFault if the device or dtype has no kernels.

@@ -102,7 +102,7 @@ def join(model: nn.Module) -> int:
     """Let the layers that can read few tokens by operators alone; how many."""
     found = [layer for layer in model.modules() if _fits(layer)]
     for layer in found:
-        layer.forward = _forward(layer)
+        layer.forward = _Steps(layer).forward
     return len(found)
 
 
@@ -144,47 +144,65 @@ def _alike(linears: list[Any]) -> bool:
     )
 
 
-def _forward(layer: Any) -> Callable[..., Tensor]:
-    attention, block = layer.self_attn, layer.mlp
-    whole = layer.forward
-    projections = _Group([getattr(attention, name) for name in _PROJECTIONS])
-    out, pair = _Group([attention.o_proj]), _Group([getattr(block, name) for name in mlp.PAIR])
-    down = _Group([block.down_proj])
-    width = attention.head_dim
-    heads, kv_heads = (
-        linear.out_features // width for linear in (attention.q_proj, attention.k_proj)
-    )
+class _Steps:
+    """What a layer does with few tokens, from its weights as they were when it was made."""
 
-    def forward(hidden_states: Tensor, attention_mask: Any = None, **options: Any) -> Tensor:
+    def __init__(self, layer: Any) -> None:
+        attention, block = layer.self_attn, layer.mlp
+        self._layer, self._whole = layer, layer.forward
+        self._projections = _Group([getattr(attention, name) for name in _PROJECTIONS])
+        self._out = _Group([attention.o_proj])
+        self._pair = _Group([getattr(block, name) for name in mlp.PAIR])
+        self._down = _Group([block.down_proj])
+        self._width = width = attention.head_dim
+        self._heads, self._kv_heads = (
+            linear.out_features // width for linear in (attention.q_proj, attention.k_proj)
+        )
+        self._modules = [
+            (owner._modules, name, module)
+            for owner in (layer, attention, block)
+            for name, module in owner._modules.items()
+        ]
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        # Addresses of weights are part of it: a copy would compute with those of the original.
+        raise TypeError("a model that computes with kernels cannot be copied; load it again")
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **options: Any) -> Tensor:
         rotation = options.get("position_embeddings")
         if (
             not _few(hidden_states)
             or rotation is None
-            or rotation[0].shape[-1] != width
-            or any(
-                module._forward_hooks or module._forward_pre_hooks for module in (attention, block)
-            )
+            or rotation[0].shape[-1] != self._width
+            or self._changed()
         ):
-            y: Tensor = whole(hidden_states, attention_mask=attention_mask, **options)
+            y: Tensor = self._whole(hidden_states, attention_mask=attention_mask, **options)
             return y
+        layer, width = self._layer, self._width
+        attention, turning = layer.self_attn, self._heads + self._kv_heads
         batch, length, _ = hidden_states.shape
-        every = projections(hidden_states, layer.input_layernorm)
-        every = every.view(batch, length, heads + 2 * kv_heads, width)
-        turned = _function("rotate")(every[:, :, : heads + kv_heads], *rotation)
-        turned = turned.transpose(1, 2)
-        q, k, v = (
-            turned[:, :heads],
-            turned[:, heads:],
-            every[:, :, heads + kv_heads :].transpose(1, 2),
-        )
-        cache = options.pop("cache", None) or options.pop("past_key_values", None)
+        every = self._projections(hidden_states, layer.input_layernorm)
+        every = every.view(batch, length, turning + self._kv_heads, width)
+        turned = _function("rotate")(every[:, :, :turning], *rotation).transpose(1, 2)
+        q, k, v = turned[:, : self._heads], turned[:, self._heads :], every[:, :, turning:]
+        v = v.transpose(1, 2)
+        # By identity: a cache of no tokens is empty, and false.
+        caches = [options.pop(name, None) for name in ("cache", "past_key_values")]
+        cache = next((each for each in caches if each is not None), None)
         if cache is not None:
             k, v = cache.update(k, v, attention.layer_idx)
         seen = _attend(attention, q, k, v, attention_mask, options)
-        hidden = out(seen.reshape(batch, length, heads * width), residual=hidden_states)
-        return down(pair(hidden, layer.post_attention_layernorm, glu=True), residual=hidden)
+        hidden = self._out(seen.reshape(batch, length, self._heads * width), residual=hidden_states)
+        return self._down(
+            self._pair(hidden, layer.post_attention_layernorm, glu=True), residual=hidden
+        )
 
-    return forward
+    def _changed(self) -> bool:
+        """Whether a module was replaced since, or someone watches one: they are not called here."""
+        return any(
+            held.get(name) is not module or module._forward_hooks or module._forward_pre_hooks
+            for held, name, module in self._modules
+        )
 
 
 def _function(name: str) -> Callable[..., Tensor]:
@@ -210,8 +228,6 @@ def _attend(
     if name == "sdpa" and isinstance(mask, Tensor | None) and cpu.attend_fits(q, k, v, mask):
         y: Tensor = _function("attend")(q, k, v, mask, _NONE, module.scaling)
         return y
-    window = getattr(module, "sliding_window", None)
-    given = options if window is None else {**options, "sliding_window": window}
     function = stand_in.function_of(name, module)
-    found, _ = function(module, q, k, v, mask, dropout=0.0, scaling=module.scaling, **given)
+    found, _ = function(module, q, k, v, mask, dropout=0.0, scaling=module.scaling, **options)
     return found  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """Which linears of a model run on compressed weights, and how they are put in its place.
 
-They are made from dense linears that are full of zeros, one after another, so that no more than one weight
-is on the device twice.
+They are made from dense linears, or from weights that are read for it, one after another, so that no more
+than one weight is on the device twice.
 """
 
 from __future__ import annotations

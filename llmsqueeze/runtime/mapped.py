@@ -69,7 +69,8 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any | None:
             return checkpoint.read([f"{path}.weight"])[f"{path}.weight"].to(dtype)
 
         linears.pack_linears(model, torch.device("cpu"), choose=linears.on_cpu, weight_of=read)
-    layers.join(model)
+    else:
+        layers.join(model)
     if (checkpoint.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     if checkpoint.kv_cache:
