@@ -33,7 +33,7 @@ from llmsqueeze.artifact import (
     read_manifest,
 )
 from llmsqueeze.encodings import ENCODINGS
-from llmsqueeze.errors import CheckpointError
+from llmsqueeze.errors import CheckpointError, SourceDamaged
 from llmsqueeze.kv_record import KvRecord, kv_tensors, read_kv_tensors
 from llmsqueeze.shards import (
     DTYPES,
@@ -172,7 +172,7 @@ class Checkpoint:
             # One reduction instead of an elementwise test: a sum is finite only if all terms are,
             # unless it overflows, so the slow test runs only when the fast one is in doubt.
             if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
-                raise CheckpointError(f"{name} holds NaN or Inf; the checkpoint is damaged")
+                raise SourceDamaged(f"{name} holds NaN or Inf; the checkpoint is damaged")
             tensors[name] = tensor
         return tensors
 

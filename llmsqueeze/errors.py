@@ -4,7 +4,8 @@ LlmsqueezeError
 ├── RecipeError        2   the request itself is wrong: option, pattern, method
 │   └── ResumeError    2   the state that is there is another run's, or there is none
 ├── CheckpointError    3   the checkpoint is missing, damaged, unsupported or inconsistent
-│   └── SourceChanged  3   its files were changed while they were read
+│   ├── SourceChanged  3   its files were changed while they were read
+│   └── SourceDamaged  3   a tensor of it holds what is no number
 ├── DataError          3   calibration or evaluation text is missing, unreadable or too short
 ├── CalibrationError   3   the model produced values that no statistic can use
 ├── EnvironmentFault   4   a package or device that the request needs is not there
@@ -49,6 +50,10 @@ class CheckpointError(LlmsqueezeError):
 
 
 class SourceChanged(CheckpointError):
+    pass
+
+
+class SourceDamaged(CheckpointError):
     pass
 
 

@@ -35,6 +35,7 @@ from llmsqueeze.errors import (
     ResourceError,
     ResumeError,
     SourceChanged,
+    SourceDamaged,
     Stopped,
 )
 from llmsqueeze.state_file import read_state, sync_directory, write_state
@@ -47,7 +48,7 @@ RUN_NAME, LOCK_NAME, FILES_NAME = "run.json", "lock", "files"
 RATIO = 10
 
 # After these the same run would end the same way, or its state is of no use to it.
-HOPELESS = (CalibrationError, RecipeError, SourceChanged)
+HOPELESS = (CalibrationError, RecipeError, SourceChanged, SourceDamaged)
 
 
 def work_folder(out: Path) -> Path:

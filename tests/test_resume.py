@@ -42,7 +42,6 @@ from pathlib import Path
 from llmsqueeze import cli, quantize_kv, shards, sparsify, steps
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.data import load_tokenizer
-torch.set_num_threads(1)
 shards.SHARD_BYTES = 60_000
 load_tokenizer(Checkpoint(Path(sys.argv[1])).path)
 print("ready", flush=True)
@@ -78,6 +77,7 @@ class Spawner:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},  # a fork has no other threads
         )
 
         assert self._process.stdout and self._process.stdout.readline() == "ready\n"
