@@ -5,7 +5,7 @@ A Hugging Face directory whose sites are stored in the smallest of the encodings
 manifest those of every shard and shard header. Headers are checked at every load, contents by
 `inspect --verify`.
 
-Writing happens in a sibling directory that is renamed last, so OUT is complete or absent.
+Writing happens in a directory beside OUT that is renamed last, so OUT is complete or absent.
 """
 
 from __future__ import annotations
@@ -216,17 +216,32 @@ def check_parts(site: str, record: SiteRecord, parts: dict[str, Tensor]) -> None
 
 
 class ArtifactWriter:
-    """Writes one checkpoint. Used as a context manager: leaving it without publish() removes all traces."""
+    """Writes one checkpoint. Used as a context manager: leaving it without publish() removes all traces.
 
-    def __init__(self, out: Path, *, format: str = "llmsqueeze", overwrite: bool = False) -> None:
+    directory: where to write, one that outlives this, as for a run that can be resumed; see work.Work.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        format: str = "llmsqueeze",
+        overwrite: bool = False,
+        directory: Path | None = None,
+    ) -> None:
         check_output(out, overwrite)
-        self._out = out
+        self._out, self._overwrite = out, overwrite
         self._format = format
+        self._given = directory
         self._sites: dict[str, SiteRecord] = {}
         self._activation: ActivationRecord | None = None
         self._kv_cache: KvRecord | None = None
 
     def __enter__(self) -> ArtifactWriter:
+        if self._given is not None:
+            self.directory = self._given
+            self._shards = ShardWriter(self.directory)
+            return self
         try:
             self._out.parent.mkdir(parents=True, exist_ok=True)
             made = tempfile.mkdtemp(
@@ -244,7 +259,19 @@ class ArtifactWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self.directory, ignore_errors=True)
+        if self._given is None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What restore() goes on from, in plain types and tensors; see ShardWriter.snapshot."""
+        sites = {name: asdict(record) for name, record in self._sites.items()}
+        return {**self._shards.snapshot(), "sites": sites}
+
+    def restore(self, found: dict[str, Any] | None) -> None:
+        """Go back to a snapshot, None for the beginning; CheckpointError when its files are not there."""
+        sites = found["sites"] if found else {}
+        self._sites = {name: _strict(SiteRecord, record) for name, record in sites.items()}
+        self._shards.restore(found)
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Store a tensor as it is."""
@@ -318,6 +345,11 @@ class ArtifactWriter:
             }
         # config.json last: without it a directory is not a checkpoint to anyone.
         (self.directory / "config.json").write_text(_config_text(config), encoding="utf-8")
+        if os.path.lexists(self._out) and not self._overwrite:
+            raise ResourceError(
+                f"{self._out} was made by something else in the meantime; move it and run the same command "
+                "again"
+            )
         publish_directory(self.directory, self._out)
         return manifest
 

@@ -73,6 +73,21 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Boundary:
+    """Between two blocks: where a walk can be taken up again.
+
+    done: the blocks before it. activations: what enters the next block, [samples, seqlen, hidden] each, of
+    the walk and of the twin if there is one. They are overwritten as the walk goes on; none after the last.
+    """
+
+    done: int = 0
+    activations: tuple[Tensor, ...] = ()
+
+
+BEGINNING = Boundary()
+
+
+@dataclass(frozen=True)
 class LoadedBlock:
     """One decoder block with its weights on the compute device.
 
@@ -89,6 +104,12 @@ class LoadedBlock:
     run: Run | None
     twin: Run | None
 
+    @property
+    def after(self) -> Boundary:
+        """The boundary behind this block, once the activations are those of the next."""
+        runs = [run for run in (self.run, self.twin) if run and not run.last]
+        return Boundary(self.index + 1, tuple(run.hidden for run in runs))
+
 
 @torch.no_grad()
 def load_blocks(
@@ -99,16 +120,26 @@ def load_blocks(
     batches: list[slice],
     *,
     twin: bool = False,
+    start: Boundary = BEGINNING,
 ) -> Iterator[LoadedBlock]:
-    """Every block in turn, freed when the next is asked for. The caller propagates the activations."""
+    """Every block in turn, freed when the next is asked for. The caller propagates the activations.
+
+    start: the boundary to go on from.
+    """
+    if start.done == checkpoint.block_count:
+        return
     model = checkpoint.build(dtype)
     hidden, calls = None, None
     if tokens is not None:
         hidden, calls = _embed(checkpoint, model, tokens, dtype, device, batches)
     dense_hidden = hidden.clone() if hidden is not None and twin else None
-    blocks = model.get_submodule(checkpoint.blocks_path)
+    for ours, found in zip((hidden, dense_hidden), start.activations, strict=False):
+        assert ours is not None
+        ours.copy_(found)
+    blocks = list(model.get_submodule(checkpoint.blocks_path))
+    reading = _read_ahead(checkpoint, device, start.done)
     for index, (block, read) in enumerate(
-        zip(blocks, _read_ahead(checkpoint, device), strict=True)
+        zip(blocks[start.done :], reading, strict=True), start.done
     ):
         tensors = {n: t.to(device) for n, t in read.items()}
         prefix = f"{checkpoint.blocks_path}.{index}."
@@ -127,9 +158,11 @@ def load_blocks(
         block.to("meta")
 
 
-def _read_ahead(checkpoint: Checkpoint, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def _read_ahead(
+    checkpoint: Checkpoint, device: torch.device, start: int
+) -> Iterator[dict[str, Tensor]]:
     """Each block's parameters on the CPU, the next block being read while one is worked on."""
-    names = [checkpoint.block_parameters(index) for index in range(checkpoint.block_count)]
+    names = [checkpoint.block_parameters(index) for index in range(start, checkpoint.block_count)]
     with beside(device) as reader:
         upcoming = reader.submit(checkpoint.read, names[0])
         for following in names[1:]:

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.blocks import Run, batch_samples, cut_batches, find_groups, load_blocks
+from llmsqueeze.blocks import (
+    BEGINNING,
+    Boundary,
+    Run,
+    batch_samples,
+    cut_batches,
+    find_groups,
+    load_blocks,
+)
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CalibrationError
 from llmsqueeze.numerics.stats import InputStats
@@ -33,14 +41,21 @@ class BlockStep:
 
     index; tensors: every parameter of the block by full name, in stored dtype on the compute device;
     sites: the linears, each as soon as its statistics are complete. Take them all, in order.
+    after: the boundary behind the block, once all were taken.
     """
 
     def __init__(
-        self, index: int, tensors: dict[str, Tensor], sites: Iterator[Site], model: nn.Module | None
+        self,
+        index: int,
+        tensors: dict[str, Tensor],
+        sites: Iterator[Site],
+        model: nn.Module | None,
+        after: Boundary,
     ) -> None:
         self.index = index
         self.tensors = tensors
         self.sites = sites
+        self.after = after
         self._model = model
 
     def replace(self, site: Site, weight: Tensor) -> None:
@@ -63,12 +78,14 @@ def walk(
     *,
     dense_share: float = 0.0,
     held_out: int = 0,
+    start: Boundary = BEGINNING,
 ) -> Iterator[BlockStep]:
     """For each block: load, gather `needs`, yield to the caller, propagate, free.
 
     tokens: [samples, seqlen] int64, or None when no statistics are needed. dtype: of the
     computation. batch: samples per pass, 0 for what suits the device. held_out: the last so many
-    samples are summed apart too (InputStats.held_out). dense_share: see InputStats.
+    samples are summed apart too (InputStats.held_out). dense_share: see InputStats. start: the boundary to go
+    on from.
 
     order "group": each input group is measured after the groups before it were compressed, so one
     forward pass is enough; every sample's activations inside the block are held at once.
@@ -84,12 +101,18 @@ def walk(
     groups_of: dict[tuple[str, ...], list[list[str]]] = {}
     following = bool(dense_share)
     for loaded in load_blocks(
-        checkpoint, tokens if measuring else None, dtype, device, batches, twin=following
+        checkpoint,
+        tokens if measuring else None,
+        dtype,
+        device,
+        batches,
+        twin=following,
+        start=start,
     ):
         prefix, tensors, run = loaded.prefix, loaded.tensors, loaded.run
         if run is None:
             sites = (Site(prefix + n, tensors[f"{prefix}{n}.weight"], None) for n in loaded.linears)
-            yield BlockStep(loaded.index, tensors, sites, None)
+            yield BlockStep(loaded.index, tensors, sites, None, loaded.after)
             continue
         # Blocks with the same linears group them alike: one block of each kind is probed.
         kind = tuple(loaded.linears)
@@ -106,7 +129,8 @@ def walk(
             first_held_out=run.hidden.shape[0] - held_out,
         )
         measured = measure.one_pass() if order == "group" else measure.two_passes()
-        yield BlockStep(loaded.index, tensors, _sites(measured, prefix, tensors), loaded.model)
+        measured_sites = _sites(measured, prefix, tensors)
+        yield BlockStep(loaded.index, tensors, measured_sites, loaded.model, loaded.after)
         for _ in measured:
             raise RuntimeError(f"block {loaded.index}: the caller left sites behind")
 

@@ -33,7 +33,7 @@ from llmsqueeze.artifact import (
     read_manifest,
 )
 from llmsqueeze.encodings import ENCODINGS
-from llmsqueeze.errors import CheckpointError
+from llmsqueeze.errors import CheckpointError, SourceDamaged
 from llmsqueeze.kv_record import KvRecord, kv_tensors, read_kv_tensors
 from llmsqueeze.shards import (
     DTYPES,
@@ -172,7 +172,7 @@ class Checkpoint:
             # One reduction instead of an elementwise test: a sum is finite only if all terms are,
             # unless it overflows, so the slow test runs only when the fast one is in doubt.
             if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not tensor.isfinite().all():
-                raise CheckpointError(f"{name} holds NaN or Inf; the checkpoint is damaged")
+                raise SourceDamaged(f"{name} holds NaN or Inf; the checkpoint is damaged")
             tensors[name] = tensor
         return tensors
 
@@ -245,6 +245,18 @@ class Checkpoint:
         """Every compressed site and what is known of it; empty for a plain checkpoint."""
         sites = self.manifest.sites if self.manifest else {}
         return {name: record.report for name, record in sites.items()}
+
+    @property
+    def changes(self) -> dict[str, Any]:
+        """What is done to the weights while they are read, in plain types; nothing to those on disk."""
+        return {}
+
+    def progress(self) -> dict[str, Any]:
+        """What rewind() needs to read on from here; one on disk reads the same whenever it is asked."""
+        return {}
+
+    def rewind(self, found: dict[str, Any], batch: int) -> None:
+        """Go back to where progress() gave `found`; empty: to the beginning. batch: see Pruning.blocks."""
 
     @property
     def activation(self) -> ActivationRecord | None:

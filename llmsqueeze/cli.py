@@ -7,7 +7,6 @@ import re
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -18,6 +17,7 @@ from llmsqueeze.command import (
     CHECKPOINT_HELP,
     EXIT_INTERRUPTED,
     activation_document,
+    check_free,
     checkpoint_options,
     common,
     kv_document,
@@ -31,6 +31,7 @@ from llmsqueeze.doctor_command import doctor
 from llmsqueeze.encode_recipe import ENCODES, EncodeRecipe
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.eval_command import evaluate
+from llmsqueeze.interrupt import end
 from llmsqueeze.plan_command import plan
 from llmsqueeze.prune_command import prune
 from llmsqueeze.quantize_kv_command import quantize_kv
@@ -44,12 +45,10 @@ if TYPE_CHECKING:
     from llmsqueeze.activation import ActivationRecord
     from llmsqueeze.console import Console
 
-EXIT_TERMINATED = 143
-
 
 def main() -> NoReturn:
     """Entry point. Exit codes: see README; 1 is left to failed gates."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, end)
     json_wanted = "--json" in sys.argv or os.environ.get("LLMSQUEEZE_JSON", "0") not in ("", "0")
     try:
         cli.main(prog_name=PROGRAM, standalone_mode=False)
@@ -188,12 +187,11 @@ def convert(
     cache_dir: Path,
 ) -> None:
     from llmsqueeze import compress as library
-    from llmsqueeze.artifact import check_output
     from llmsqueeze.console import facts, size
 
     if encode and format == "dense":
         raise RecipeError("--encode needs --to llmsqueeze: the dense form has no place for codes")
-    check_output(out, overwrite)
+    check_free(out, overwrite)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     with console.steps() as progress:
 
@@ -245,11 +243,6 @@ def _gates(record: ActivationRecord) -> str:
     ranks = sum(gate.rank > 0 for gate in record.gates.values())
     line = f"{len(shares)}, dropping {min(shares):.0%} to {max(shares):.0%} of their inputs"
     return f"{line}, {ranks} with a low-rank branch" if ranks else line
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    # Unwinds like an error, so that the half-written directory is removed.
-    sys.exit(EXIT_TERMINATED)
 
 
 if __name__ == "__main__":

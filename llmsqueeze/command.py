@@ -8,22 +8,26 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from llmsqueeze.errors import LlmsqueezeError, RecipeError
+from llmsqueeze.interrupt import deferred
 from llmsqueeze.methods import Entry
 from llmsqueeze.recipe import DTYPES, config_fields
 
 if TYPE_CHECKING:
+    import torch
+
     from llmsqueeze.activation import ActivationRecord
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.conditions import Condition, Outcome
     from llmsqueeze.console import Console
     from llmsqueeze.kv_record import KvRecord
+    from llmsqueeze.work import Work
 
 EXIT_FAILED = 1
 EXIT_BUG = 70
@@ -72,7 +76,7 @@ def _command(body: Callable[..., None], prepare: Callable[[bool], None]) -> Call
         except LlmsqueezeError as error:
             _fail(console, str(error), error.exit_code)
         except (KeyboardInterrupt, click.Abort):
-            _fail(console, "interrupted; nothing was written", EXIT_INTERRUPTED)
+            _fail(console, "interrupted; nothing was published", EXIT_INTERRUPTED)
         except SystemExit:
             raise
         except MemoryError:
@@ -84,7 +88,9 @@ def _command(body: Callable[..., None], prepare: Callable[[bool], None]) -> Call
             message = "no space left on the disk; nothing was published" if full else str(error)
             _fail(console, message, 5 if full else 4)
         except Exception as error:
-            if _out_of_memory(error):
+            from llmsqueeze.device import out_of_memory
+
+            if out_of_memory(error):
                 _fail(console, "out of memory; try smaller --samples, --seqlen or --batch-size", 5)
             _fail(
                 console,
@@ -237,6 +243,46 @@ def device_option(body: Callable[..., None]) -> Callable[..., None]:
     )(body)  # fmt: skip
 
 
+# Where a command says what of it can be resumed.
+RESUME_HELP = """A run that is cut off goes on where it was, after its last block, when the same command is
+given again; the bits are those of one that was not. SIGINT and SIGTERM end it after the block (exit code
+75), a second one at once. Until then its state lies in OUT.work, beside OUT."""
+
+
+def resume_option(body: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--resume", type=click.Choice(["auto", "required", "never"]), default="auto",
+        show_default=True, envvar="LLMSQUEEZE_RESUME",
+        help="auto: go on from the state in OUT.work if there is one, which must be of the same source, "
+        "recipe, text and versions. required: only that. never: start anew and keep no state.",
+    )(body)  # fmt: skip
+
+
+@contextlib.contextmanager
+def working(console: Console, out: Path, device: torch.device, resume: str) -> Iterator[Work]:
+    """Where a command makes `out`, and what tells it to stop."""
+    from llmsqueeze.work import Work
+
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(deferred(console)) if resume != "never" else lambda: False
+        yield Work(out, device, policy=resume, stop=stop, note=console.note)
+
+
+def took(report: Any) -> str:
+    """How long a run took, for people."""
+    before = f", after {report.resumed} blocks of an earlier run" if report.resumed else ""
+    return f"{report.seconds:.1f} s{before}"
+
+
+def check_free(out: Path, overwrite: bool) -> None:
+    """RecipeError unless `out` may be written; what a run that was killed left over is put in order."""
+    from llmsqueeze.artifact import check_output
+    from llmsqueeze.work import sweep
+
+    sweep(out)
+    check_output(out, overwrite)
+
+
 def check_windows(windows: int | None, seqlen: int | None) -> None:
     """RecipeError unless a text can be cut into so many windows of so many tokens."""
     if windows is not None and windows < 1:
@@ -284,12 +330,6 @@ def _libraries(verbose: bool) -> None:
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-
-
-def _out_of_memory(error: Exception) -> bool:
-    import torch
-
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _fail(console: Console, message: str, code: int) -> NoReturn:

@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,18 +18,26 @@ from torch import Tensor
 
 from llmsqueeze import __version__, card, plan
 from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
+from llmsqueeze.blocks import BEGINNING, Boundary
 from llmsqueeze.calibrate import Site, walk
 from llmsqueeze.checkpoint import Checkpoint
-from llmsqueeze.device import beside, calibration_dtype, exact_matmul, worker
-from llmsqueeze.errors import RecipeError
+from llmsqueeze.device import (
+    beside,
+    calibration_dtype,
+    exact_matmul,
+    with_smaller_batches,
+    worker,
+)
+from llmsqueeze.errors import CalibrationError, RecipeError
+from llmsqueeze.fingerprint import Fingerprint
 from llmsqueeze.learn import learn_masks
 from llmsqueeze.methods import refit_method, weight_method
 from llmsqueeze.methods.base import Pruned, Target, Tile
 from llmsqueeze.numerics.masks import zero_removed
 from llmsqueeze.numerics.solve import relative_error
 from llmsqueeze.recipe import PruneRecipe
-from llmsqueeze.shards import hash_file
 from llmsqueeze.train import StepDone, TrainedMasks
+from llmsqueeze.work import Work
 
 
 @dataclass(frozen=True)
@@ -43,11 +51,13 @@ class BlockDone:
 
 @dataclass(frozen=True)
 class Report:
-    """What happened. peak_device_bytes: None without an accelerator."""
+    """What happened. resumed: blocks that an earlier run had done. peak_device_bytes: None without an
+    accelerator."""
 
     recipe: PruneRecipe
     manifest: Manifest
     sparsity: float
+    resumed: int
     seconds: float
     peak_rss_bytes: int
     peak_device_bytes: int | None
@@ -62,6 +72,7 @@ def prune(
     *,
     overwrite: bool = False,
     training_state: Path | None = None,
+    work: Work | None = None,
     note: Callable[[str], None] = lambda message: None,
     on_block: Callable[[BlockDone], None] = lambda done: None,
     on_step: Callable[[StepDone], None] = lambda done: None,
@@ -69,39 +80,37 @@ def prune(
     """Prune a checkpoint into a new llmsqueeze checkpoint at `out`, one block at a time.
 
     training_state: directory that trained masks are saved to and go on from; see train.train_masks.
+    work: where it is done, and whether a run that is cut off can go on; None keeps no state.
 
     Raises RecipeError before any work when the request does not fit the checkpoint or `out`.
     """
     started = time.monotonic()
     check_output(out, overwrite)
     check_not_inside(out, checkpoint.path)
+    work = work or Work(out, device)
     pruning = Pruning(
-        checkpoint, recipe, device, training_state=training_state, note=note, on_step=on_step
+        checkpoint, recipe, device, work, training_state=training_state, note=note, on_step=on_step
     )
     with (
+        work,
         worker() as hashing,
-        ArtifactWriter(out, overwrite=overwrite) as writer,
+        ArtifactWriter(out, overwrite=overwrite, directory=work.files) as writer,
         beside(device) as storing,
         exact_matmul(),
     ):
-        hashes = {file.name: hashing.submit(hash_file, file) for file in checkpoint.identity}
+        source = Fingerprint(checkpoint.identity, hashing)
         pruning.prepare()
-        for name in checkpoint.outer_parameters:
-            writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
-        total = Share()
-        stored: Future[Share] | None = None
-        for block in pruning.blocks():
-            if stored:
-                total += stored.result()  # one block waits at most; a full disk shows here
-            stored = storing.submit(store_block, writer, checkpoint, block.tensors, block.reports)
-            on_block(BlockDone(block.index, checkpoint.block_count, block.seconds))
-        if stored:
-            total += stored.result()
+        work.begin(lambda: {**pruning.identity(), "source": source.sha256})
+        total = with_smaller_batches(
+            pruning.batch,
+            lambda batch: _prune_into(writer, pruning, work, storing, batch, on_block),
+            note,
+        )
         sparsity = total.sparsity
-        sha256 = {name: hashed.result() for name, hashed in hashes.items()}
         recipe = pruning.recipe
-        step = pruning.step(source_name, sha256, sparsity)
+        step = pruning.step(source_name, source.sha256, sparsity)
         writer.write_text("README.md", card.model_card(checkpoint, source_name, recipe, sparsity))
+        source.check()
         manifest = writer.publish(
             checkpoint.config, checkpoint.path, [*checkpoint.steps, step], checkpoint.stored_bytes
         )
@@ -109,20 +118,57 @@ def prune(
         recipe,
         manifest,
         sparsity,
+        work.resumed,
         time.monotonic() - started,
         peak_rss_bytes(),
         peak_device_bytes(device),
     )
 
 
+def _prune_into(
+    writer: ArtifactWriter,
+    pruning: Pruning,
+    work: Work,
+    storing: Executor,
+    batch: int,
+    on_block: Callable[[BlockDone], None],
+) -> Share:
+    """Prune and store all blocks, from the last state on. batch: samples per forward pass, at most."""
+    checkpoint = pruning.checkpoint
+    trail = work.trail("prune", checkpoint.block_count)
+    writer.restore(trail.found.get("writer"))
+    total = Share(**trail.found.get("share", {}))
+    batch = min(batch, trail.found.get("batch", batch))
+    stored: Future[Share] | None = None
+    if not trail.found:
+        for name in checkpoint.outer_parameters:
+            writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
+
+    def capture() -> dict[str, Any]:
+        nonlocal total, stored
+        if stored:
+            total, stored = total + stored.result(), None
+        return {"writer": writer.snapshot(), "share": dataclasses.asdict(total), "batch": batch}
+
+    for block in pruning.blocks(batch, trail.start):
+        if stored:
+            total += stored.result()  # one block waits at most; a full disk shows here
+        stored = storing.submit(store_block, writer, checkpoint, block.tensors, block.reports)
+        on_block(BlockDone(block.index, checkpoint.block_count, block.seconds))
+        trail.reached(block.after, capture)
+    return total + stored.result() if stored else total
+
+
 @dataclass(frozen=True)
 class PrunedBlock:
-    """tensors: every parameter of the block, on the CPU; reports: pruned site → what is known of it."""
+    """tensors: every parameter of the block, on the CPU; reports: pruned site → what is known of it; after:
+    the boundary behind it."""
 
     index: int
     tensors: dict[str, Tensor]
     reports: dict[str, dict[str, float]]
     seconds: float
+    after: Boundary
 
 
 class Pruning:
@@ -136,12 +182,13 @@ class Pruning:
         checkpoint: Checkpoint,
         recipe: PruneRecipe,
         device: torch.device,
+        work: Work,
         *,
         training_state: Path | None = None,
         note: Callable[[str], None] = lambda message: None,
         on_step: Callable[[StepDone], None] = lambda done: None,
     ) -> None:
-        self.checkpoint, self.recipe, self.device = checkpoint, recipe, device
+        self.checkpoint, self.recipe, self.device, self.work = checkpoint, recipe, device, work
         self._sites = plan.choose_sites(checkpoint, recipe)
         self._training_state, self._note, self._on_step = training_state, note, on_step
         self._trained: TrainedMasks | None = None
@@ -151,6 +198,7 @@ class Pruning:
         checkpoint, device = self.checkpoint, self.device
         self.recipe, self._tokens, self._calibration = plan.calibration(checkpoint, self.recipe)
         self._dtype = calibration_dtype(self.recipe.dtype, checkpoint.dtype, device)
+        self.batch = plan.samples_at_once(self.recipe.batch, self._tokens, device)
         note_losses(checkpoint, self._note)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
@@ -160,8 +208,18 @@ class Pruning:
             )
             self._note(f"calibrating will hold about {needed / 1e9:.2g} GB on {device}")
 
-    def blocks(self) -> Iterator[PrunedBlock]:
-        """Every block in turn, pruned."""
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on, the source's files aside."""
+        return {
+            "command": "prune",
+            "recipe": self.recipe.to_dict(),
+            "calibration": self._calibration,
+            **computing(self.device, self._dtype),
+        }
+
+    def blocks(self, batch: int, start: Boundary = BEGINNING) -> Iterator[PrunedBlock]:
+        """Every block in turn, pruned, from a boundary on. batch: samples per forward pass, at most."""
+        self._batch = batch
         recipe, tokens = self.recipe, self._tokens
         targets = self._targets()
         trained = self._trained
@@ -172,10 +230,11 @@ class Pruning:
             needs,
             self._dtype,
             self.device,
-            recipe.batch,
+            batch,
             recipe.order,
             dense_share=recipe.dense_share if "product" in needs else 0.0,
             held_out=plan.held_out_samples(recipe),
+            start=start,
         ):
             started = time.monotonic()
             reports = {}
@@ -186,7 +245,13 @@ class Pruning:
                     block.replace(site, pruned.weight)
                     reports[site.name] = pruned.report
             tensors = {name: tensor.cpu() for name, tensor in block.tensors.items()}
-            yield PrunedBlock(block.index, tensors, reports, time.monotonic() - started)
+            for name in reports:
+                if not torch.isfinite(tensors[f"{name}.weight"]).all():
+                    raise CalibrationError(
+                        f"pruning made NaN or Inf of {name}; try --dtype float32, or another --method"
+                    )
+            seconds = time.monotonic() - started
+            yield PrunedBlock(block.index, tensors, reports, seconds, block.after)
 
     def step(self, source_name: str, sha256: dict[str, str], sparsity: float) -> dict[str, Any]:
         """What a manifest says of it. sha256: of the source's files."""
@@ -198,9 +263,9 @@ class Pruning:
             "compute_dtype": str(self._dtype).removeprefix("torch."),
             "versions": versions(),
             "sparsity": sparsity,
-            "peak_rss_bytes": peak_rss_bytes(),
-            "peak_device_bytes": peak_device_bytes(self.device),
         }
+        if self._batch < self.batch:
+            step["reduced_batch"] = self._batch
         if self._trained is not None:
             step["training"] = {
                 "losses": self._trained.losses,
@@ -209,16 +274,27 @@ class Pruning:
         return step
 
     def _targets(self) -> dict[str, Target]:
-        recipe, tokens = self.recipe, self._tokens
+        recipe, tokens, work = self.recipe, self._tokens, self.work
         if recipe.tiles == "score":
             return plan.allocate(
-                self.checkpoint, self._sites, tokens, recipe, self._dtype, self.device
-            )
+                self.checkpoint, self._sites, tokens, recipe, self._dtype, self.device, self._batch,
+                work.trail("allocation", self.checkpoint.block_count),
+            )  # fmt: skip
         assert tokens is not None
-        self._trained = learn_masks(
-            self.checkpoint, self._sites, tokens, recipe, self._dtype, self.device,
-            self._training_state, self._on_step,
-        )  # fmt: skip
+        trail = work.trail("masks")
+        if not trail.found:
+            state = self._training_state
+            if state is None and work.training:
+                work.commit()  # training has begun, so there is a state
+                state = work.training
+            trained = learn_masks(
+                self.checkpoint, self._sites, tokens, recipe, self._dtype, self.device, self._batch,
+                state, self._on_step, lambda: work.stopping,
+            )  # fmt: skip
+            trail.keep(Boundary(1), vars(trained))
+            self._trained = trained
+        else:
+            self._trained = TrainedMasks(**trail.found)
         return {
             name: dataclasses.replace(recipe.target, dense_tiles=count)
             for name, count in self._trained.dense_tiles.items()
@@ -264,7 +340,10 @@ def convert(
     """Rewrite a checkpoint as `format` ("llmsqueeze" or "dense"), every tensor bit for bit."""
     check_output(out, overwrite)
     check_not_inside(out, checkpoint.path)
-    with ArtifactWriter(out, format=format, overwrite=overwrite) as writer:
+    with (
+        Work(out, torch.device("cpu")) as work,
+        ArtifactWriter(out, format=format, overwrite=overwrite, directory=work.fresh()) as writer,
+    ):
         copy_weights(writer, checkpoint, on_block)
         steps = checkpoint.manifest.steps if checkpoint.manifest else []
         if format == "llmsqueeze":
@@ -377,6 +456,16 @@ def rss_bytes() -> int:
 def peak_device_bytes(device: torch.device) -> int | None:
     """Highest memory allocated by tensors on an accelerator; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def computing(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What a run that goes on must have in common with the one that began, whatever its recipe."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "device": name,
+        "versions": versions(),
+    }
 
 
 def versions() -> dict[str, str]:

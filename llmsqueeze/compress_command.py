@@ -9,12 +9,16 @@ import click
 
 from llmsqueeze.command import (
     CHECKPOINT_HELP,
+    RESUME_HELP,
+    check_free,
     check_windows,
     checkpoint_options,
     common,
     conclude,
     device_option,
     open_checkpoint,
+    resume_option,
+    working,
 )
 from llmsqueeze.conditions import Condition
 from llmsqueeze.errors import RecipeError
@@ -44,6 +48,9 @@ too: it says how its checkpoint was made, and that is done again. `llmsqueeze re
 \b
 Presets (--preset); README has what they cost:
 {PRESET_SUMMARIES}
+
+{RESUME_HELP} Training masks goes on from its last saved step; a walk that only writes (encode alone)
+and a search (--target-ppl-ratio) start anew.
 """
 )
 @click.argument("checkpoint")
@@ -60,13 +67,14 @@ Presets (--preset); README has what they cost:
 @click.option("--seqlen", type=int,
               help="[target] Tokens per window.  [default: 2048, or what the model has]")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
+@resume_option
 @device_option
 @checkpoint_options
 @common
 def compress(
     console: Console, checkpoint: str, out: Path, preset: str | None, recipe: Path | None,
     settings: tuple[str, ...], target_ppl_ratio: float | None, text: Path | None, windows: int | None,
-    seqlen: int | None, overwrite: bool, device: str, offline: bool, cache_dir: Path,
+    seqlen: int | None, overwrite: bool, resume: str, device: str, offline: bool, cache_dir: Path,
 ) -> None:  # fmt: skip
     asked = ask(preset, recipe, settings)
     if asked is None:
@@ -85,7 +93,7 @@ def compress(
             "--target-ppl-ratio changes a recipe, and a manifest is made again as it was"
         )
 
-    from llmsqueeze.artifact import Manifest, check_output
+    from llmsqueeze.artifact import Manifest
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.compress import peak_device_bytes, peak_rss_bytes
     from llmsqueeze.console import facts, size
@@ -98,7 +106,7 @@ def compress(
         asked.manifest and "sites" in asked.raw
     ):  # as it was published, not only what recipe show prints
         wanted = Manifest.from_json(asked.manifest.read_text(encoding="utf-8"))
-    check_output(out, overwrite)
+    check_free(out, overwrite)
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     if target_ppl_ratio is not None:
@@ -108,9 +116,10 @@ def compress(
             named, overwrite,
         )  # fmt: skip
         return
-    with console.steps() as progress:
+    with console.steps() as progress, working(console, out, where, resume) as work:
         walks = run_steps(
-            opened, name, out, asked.steps, where, overwrite=overwrite, note=console.note,
+            opened, name, out, asked.steps, where, overwrite=overwrite, work=work,
+            note=console.note,
             on_block=lambda command, b: progress(
                 f"{command} block", b.index + 1, b.total, f"{b.seconds:.1f} s"
             ),

@@ -39,6 +39,11 @@ class Console:
         if not self.quiet:
             self._err.print(message, markup=False)
 
+    def urgent(self, message: str) -> None:
+        """A note from a signal handler, which may have interrupted another in the middle."""
+        if not self.quiet:
+            os.write(sys.stderr.fileno(), f"{message}\n".encode())
+
     def error(self, message: str, exit_code: int) -> None:
         """One line about what went wrong; with --json also the document that stdout owes."""
         line = " ".join(message.split())
@@ -96,12 +101,14 @@ class Console:
                 yield advance
         else:
             started: dict[str, float] = {}
+            first: dict[str, int] = {}  # a run that goes on has not done those before
             opened = time.monotonic()
 
             def line(what: str, done: int, total: int, detail: str) -> None:
                 # The first step of each kind began when the one before ended, or the whole did.
                 begun = started.setdefault(what, max([opened, *started.values()]))
-                left = (time.monotonic() - begun) / done * (total - done)
+                own = done - first.setdefault(what, done) + 1
+                left = (time.monotonic() - begun) / own * (total - done)
                 parts = (f"{what} {done}/{total}", detail, f"{left:.0f} s left")
                 self.note("  ".join(part for part in parts if part))
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from llmsqueeze.errors import EnvironmentFault
+from llmsqueeze.errors import EnvironmentFault, ResourceError
+
+T = TypeVar("T")
 
 
 def choose_device(name: str) -> torch.device:
@@ -64,6 +66,35 @@ def choose_backend(
             "compiler when llmsqueeze is installed"
         )
     return name or ("kernels" if gpu or (cpu and decoding) else "reference")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether a device or the host had no memory left; torch has an error of its own for devices only."""
+    return isinstance(
+        error, torch.OutOfMemoryError | MemoryError
+    ) or "can't allocate memory" in str(error)
+
+
+def with_smaller_batches(batch: int, attempt: Callable[[int], T], note: Callable[[str], None]) -> T:
+    """attempt(batch), and with half of it for as long as memory is too small.
+
+    ResourceError when it is too small for one sample at a time.
+    """
+    while True:
+        try:
+            return attempt(batch)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if batch <= 1:
+                raise ResourceError(
+                    "out of memory with one sample at a time; give smaller --samples or --seqlen"
+                ) from error
+        # Not before: until here the error kept what had been allocated.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        batch //= 2
+        note(f"out of memory; going on with {batch} samples at a time")
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from llmsqueeze.compress import (
 from llmsqueeze.encode_recipe import EncodeRecipe
 from llmsqueeze.numerics import int8
 from llmsqueeze.shards import hash_file
+from llmsqueeze.work import Work
 
 
 class EncodedCheckpoint(ChangingCheckpoint):
@@ -36,11 +37,23 @@ class EncodedCheckpoint(ChangingCheckpoint):
         }
         self._reports: dict[str, dict[str, float]] = {}
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        return {**self._inner.changes, "encode": self._recipe.to_dict()}
+
+    def progress(self) -> dict[str, Any]:
+        return {"inner": self._inner.progress(), "rounded": dict(self._reports)}
+
+    def rewind(self, found: dict[str, Any], batch: int) -> None:
+        self._inner.rewind(found.get("inner", {}), batch)
+        self._reports = dict(found.get("rounded", {}))
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         tensors = self._inner.read(names)
         known = self._inner.site_reports
-        for name in self._weights & tensors.keys():
-            weight = tensors[name]
+        for name, weight in list(tensors.items()):
+            if name not in self._weights:
+                continue
             tensors[name] = rounded = int8.round_weight(weight)
             error = float(
                 (rounded - weight).float().norm() / weight.float().norm().clamp_min(1e-30)
@@ -84,6 +97,7 @@ def encode(
     recipe: EncodeRecipe,
     *,
     overwrite: bool = False,
+    work: Work | None = None,
     note: Callable[[str], None] = lambda message: None,
     on_block: Callable[[BlockDone], None] = lambda done: None,
 ) -> Manifest:
@@ -92,7 +106,10 @@ def encode(
     check_not_inside(out, checkpoint.path)
     note_losses(checkpoint, note)
     encoded = EncodedCheckpoint(checkpoint, source_name, recipe)
-    with ArtifactWriter(out, overwrite=overwrite) as writer:
+    with (
+        work or Work(out, torch.device("cpu")) as work,
+        ArtifactWriter(out, overwrite=overwrite, directory=work.fresh()) as writer,
+    ):
         copy_weights(writer, encoded, on_block)
         error = encoded.rounding_error
         writer.write_text("README.md", card.encoded_card(checkpoint, source_name, recipe.to, error))

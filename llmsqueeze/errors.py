@@ -2,11 +2,15 @@
 
 LlmsqueezeError
 ├── RecipeError        2   the request itself is wrong: option, pattern, method
+│   └── ResumeError    2   the state that is there is another run's, or there is none
 ├── CheckpointError    3   the checkpoint is missing, damaged, unsupported or inconsistent
+│   ├── SourceChanged  3   its files were changed while they were read
+│   └── SourceDamaged  3   a tensor of it holds what is no number
 ├── DataError          3   calibration or evaluation text is missing, unreadable or too short
 ├── CalibrationError   3   the model produced values that no statistic can use
 ├── EnvironmentFault   4   a package or device that the request needs is not there
-└── ResourceError      5   out of memory or disk
+├── ResourceError      5   out of memory or disk
+└── Stopped           75   stopped on request where the same command can go on
 
 A message is one line that says what is wrong and what to do about it.
 """
@@ -37,8 +41,20 @@ class RecipeError(LlmsqueezeError):
         return RecipeError(self.reason.removeprefix("recipe: "), (section, *self.key))
 
 
+class ResumeError(RecipeError):
+    pass
+
+
 class CheckpointError(LlmsqueezeError):
     exit_code = 3
+
+
+class SourceChanged(CheckpointError):
+    pass
+
+
+class SourceDamaged(CheckpointError):
+    pass
 
 
 class DataError(LlmsqueezeError):
@@ -55,3 +71,7 @@ class EnvironmentFault(LlmsqueezeError):
 
 class ResourceError(LlmsqueezeError):
     exit_code = 5
+
+
+class Stopped(LlmsqueezeError):
+    exit_code = 75

@@ -25,12 +25,15 @@ def learn_masks(
     recipe: PruneRecipe,
     dtype: torch.dtype,
     device: torch.device,
+    batch: int,
     state: Path | None,
     on_step: Callable[[StepDone], None],
+    stop: Callable[[], bool],
 ) -> TrainedMasks:
     """Keep masks for every site, trained on the calibration tokens. The whole model is on `device`.
 
-    state: a directory that training is saved to and goes on from.
+    batch: samples per forward pass before training. state: a directory that training is saved to and goes on
+    from. stop: see train.train_masks.
     """
     pattern = recipe.target.pattern
     assert isinstance(pattern, Tile)
@@ -39,7 +42,7 @@ def learn_masks(
     benefits: dict[str, Tensor] = {}
     config = tile_benefit.Config()
     needs = tile_benefit.needs(config)
-    for block in walk(checkpoint, tokens, needs, dtype, device, recipe.batch, "block"):
+    for block in walk(checkpoint, tokens, needs, dtype, device, batch, "block"):
         seen = {s.name: (s.weight, s.stats) for s in block.sites if s.name in sites}
         measured = tile_benefit.measure(seen, recipe.target, config)
         for name, (weight, stats) in seen.items():
@@ -58,4 +61,5 @@ def learn_masks(
         benefits=benefits,
         state=state,
         on_step=on_step,
+        stop=stop,
     )

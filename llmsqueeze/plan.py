@@ -16,6 +16,7 @@ from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.methods import allocation_method
 from llmsqueeze.methods.base import Target
 from llmsqueeze.recipe import Calibration, PruneRecipe, allocation_needs, is_ignored
+from llmsqueeze.work import Trail
 
 DEFAULT_SEQLEN = 2048
 
@@ -42,6 +43,13 @@ def choose_sites(checkpoint: Checkpoint, recipe: PruneRecipe) -> set[str]:
     if not sites:
         raise RecipeError("--ignore leaves nothing to prune")
     return sites
+
+
+def samples_at_once(asked: int, tokens: Tensor | None, device: torch.device) -> int:
+    """Samples per forward pass: what was asked, or what suits the device; never more than there are."""
+    if tokens is None:
+        return 1
+    return min(asked or batch_samples(tokens.shape[1], device), tokens.shape[0])
 
 
 def held_out_samples(recipe: PruneRecipe) -> int:
@@ -93,18 +101,32 @@ def allocate(
     recipe: PruneRecipe,
     dtype: torch.dtype,
     device: torch.device,
+    batch: int,
+    trail: Trail,
 ) -> dict[str, Target]:
-    """A target for every site. An allocation other than uniform looks at the dense model first."""
+    """A target for every site. An allocation other than uniform looks at the dense model first.
+
+    batch: samples per forward pass. trail: what that look is kept in, and goes on from.
+    """
     allocation = allocation_method(recipe.allocation)
     if allocation is None or recipe.target.sparsity == 0:
         return dict.fromkeys(sites, recipe.target)
-    measured, shapes = [], []
+    measured: list[Any] = list(trail.found.get("measured", ()))
+    shapes: list[dict[str, tuple[int, int]]] = list(trail.found.get("shapes", ()))
+
+    def capture() -> dict[str, Any]:
+        return {"measured": list(measured), "shapes": list(shapes)}
+
     needs = allocation.needs(recipe.allocation_config)
-    for block in walk(checkpoint, tokens, needs, dtype, device, recipe.batch, "block"):
+    for block in walk(checkpoint, tokens, needs, dtype, device, batch, "block", start=trail.start):
         seen = {s.name: (s.weight, s.stats) for s in block.sites if s.name in sites}
         if seen:
             measured.append(allocation.measure(seen, recipe.target, recipe.allocation_config))
             shapes.append({name: tuple(weight.shape) for name, (weight, _) in seen.items()})
+        if block.after.done == checkpoint.block_count:
+            trail.keep(block.after, capture())
+        else:
+            trail.reached(block.after, capture)
     return allocation.assign(measured, shapes, recipe.target, recipe.allocation_config)
 
 

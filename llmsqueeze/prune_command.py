@@ -12,13 +12,18 @@ import click
 from llmsqueeze.command import (
     CALIBRATION,
     CHECKPOINT_HELP,
+    RESUME_HELP,
     calibration_options,
+    check_free,
     checkpoint_options,
     common,
     config_options,
     device_option,
     open_checkpoint,
+    resume_option,
     site_documents,
+    took,
+    working,
 )
 from llmsqueeze.methods import ALLOCATIONS, REFITS, TILE_MODES, WEIGHT_METHODS, Entry
 from llmsqueeze.methods.base import DEFAULT_BUDGET
@@ -87,6 +92,9 @@ Without --method: admm and refit, which lose least at every pattern measured in 
 is named runs as published, without refit unless --refit asks for it.
 
 Embeddings and lm_head are never pruned. The model is read and written one block at a time.
+
+{RESUME_HELP} Training masks keeps its own state (--training-state), the last step before a stop
+or every --save-every steps.
 """
 )
 @click.argument("checkpoint")
@@ -132,6 +140,7 @@ Embeddings and lm_head are never pruned. The model is read and written one block
               "block: measure the whole uncompressed block: two passes, less memory."
               + _default(PruneRecipe, "order"))  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
+@resume_option
 @device_option
 @checkpoint_options
 @common
@@ -142,6 +151,7 @@ def prune(
     recipe_file: Path | None,
     training_state: Path | None,
     overwrite: bool,
+    resume: str,
     device: str,
     offline: bool,
     cache_dir: Path,
@@ -150,20 +160,19 @@ def prune(
     recipe = build_recipe(read_recipe(recipe_file) if recipe_file else {}, options)
 
     from llmsqueeze import compress
-    from llmsqueeze.artifact import check_output
     from llmsqueeze.console import facts, size
     from llmsqueeze.device import choose_device
 
-    check_output(out, overwrite)
+    check_free(out, overwrite)
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     state = training_state
     if state is None and recipe.tiles != "score":
         state = out.with_name(out.name + ".training")
-    with console.steps() as progress:
+    with console.steps() as progress, working(console, out, where, resume) as work:
         report = compress.prune(
             opened, name, out, recipe, where, overwrite=overwrite, training_state=state,
-            note=console.note,
+            work=work, note=console.note,
             on_block=lambda b: progress("pruning block", b.index + 1, b.total, f"{b.seconds:.1f} s"),
             on_step=lambda s: progress(
                 "training step", s.index + 1, s.total, f"loss {s.loss:.4f}, density {s.density:.3f}"
@@ -181,6 +190,7 @@ def prune(
         "pattern": recipe.target.pattern_name,
         "sparsity": report.sparsity,
         "bytes": {"before": manifest.bytes_before, "after": manifest.bytes_after},
+        "resumed_blocks": report.resumed,
         "seconds": report.seconds,
         "peak_rss_bytes": report.peak_rss_bytes,
         "peak_device_bytes": report.peak_device_bytes,
@@ -195,7 +205,7 @@ def prune(
         "size": f"{size(manifest.bytes_before)} → {size(manifest.bytes_after)} "
         f"({manifest.bytes_after / manifest.bytes_before:.0%})",
         "output error": _errors(manifest),
-        "time": f"{report.seconds:.1f} s",
+        "time": took(report),
         "peak memory": size(report.peak_rss_bytes) + " host"
         + (f", {size(report.peak_device_bytes)} device" if report.peak_device_bytes else ""),
         "next": f"llmsqueeze eval {out} --against {checkpoint}",

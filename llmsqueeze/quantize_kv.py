@@ -14,19 +14,21 @@ from torch import Tensor
 
 from llmsqueeze import card, plan
 from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
-from llmsqueeze.blocks import batch_samples, cut_batches, load_blocks
+from llmsqueeze.blocks import Boundary, cut_batches, load_blocks
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.compress import (
     BlockDone,
     check_not_inside,
+    computing,
     copy_sides,
     copy_weights,
     peak_device_bytes,
     peak_rss_bytes,
     versions,
 )
-from llmsqueeze.device import calibration_dtype, exact_matmul
-from llmsqueeze.errors import RecipeError
+from llmsqueeze.device import calibration_dtype, exact_matmul, with_smaller_batches, worker
+from llmsqueeze.errors import RecipeError, Stopped
+from llmsqueeze.fingerprint import Fingerprint
 from llmsqueeze.kv_calibration import Seen, gradient_places, gradients, observe_block, tables
 from llmsqueeze.kv_recipe import DEFAULT_SEQLEN, KvRecipe
 from llmsqueeze.kv_record import KvRecord
@@ -34,14 +36,17 @@ from llmsqueeze.methods import CALIBRATED_KV, kvquant
 from llmsqueeze.numerics.kv_codecs import Codebook, TokenCodec
 from llmsqueeze.runtime import load
 from llmsqueeze.runtime.kv_cache import packable
-from llmsqueeze.shards import hash_file
+from llmsqueeze.work import Work
 
 
 @dataclass(frozen=True)
 class Report:
+    """What happened. resumed: blocks that an earlier run had done."""
+
     recipe: KvRecipe
     manifest: Manifest
     record: KvRecord
+    resumed: int
     seconds: float
     peak_rss_bytes: int
     peak_device_bytes: int | None
@@ -55,12 +60,15 @@ def quantize_kv(
     device: torch.device,
     *,
     overwrite: bool = False,
+    work: Work | None = None,
+    note: Callable[[str], None] = lambda message: None,
     on_block: Callable[[BlockDone], None] = lambda done: None,
     on_gradient: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """Write a checkpoint with a way to quantise its KV cache to `out`; weights stay as they are.
 
-    Raises RecipeError before any work when the request does not fit the checkpoint or `out`.
+    work: see compress.prune. Raises RecipeError before any work when the request does not fit the checkpoint
+    or `out`.
     """
     started = time.monotonic()
     check_output(out, overwrite)
@@ -70,31 +78,55 @@ def quantize_kv(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     tensors: dict[str, Tensor] = {}
-    described = None
-    with ArtifactWriter(out, overwrite=overwrite) as writer, exact_matmul():
+    described: dict[str, Any] | None = None
+    tokens = None
+    dtype = calibration_dtype(recipe.dtype, checkpoint.dtype, device)
+    work = work or Work(out, device)
+    with (
+        work,
+        worker() as hashing,
+        ArtifactWriter(out, overwrite=overwrite, directory=work.files) as writer,
+        exact_matmul(),
+    ):
+        source = Fingerprint(checkpoint.identity, hashing)
         if recipe.method == CALIBRATED_KV:
             calibration, windows = plan.calibration_tokens(checkpoint, _resolve(checkpoint, recipe))
             recipe = dataclasses.replace(recipe, calibration=calibration)
-            described = windows.describe()
-            tensors = _calibrate(
-                checkpoint, windows.tokens, recipe, record, dtype, device, on_block, on_gradient
+            described, tokens = windows.describe(), windows.tokens
+        work.begin(
+            lambda: {
+                "command": "quantize-kv",
+                "recipe": recipe.to_dict(),
+                "calibration": described,
+                **computing(device, dtype),
+                "source": source.sha256,
+            }
+        )
+        used = batch = plan.samples_at_once(recipe.batch, tokens, device)
+        if tokens is not None:
+            found = _gradients(checkpoint, tokens, recipe, record, dtype, device, work, on_gradient)
+            tensors, used = with_smaller_batches(
+                batch,
+                lambda batch: _calibrate(
+                    checkpoint, tokens, recipe, record, dtype, device, found, work, batch, on_block
+                ),
+                note,
             )
+        writer.restore(None)
         copy_weights(writer, checkpoint)
         copy_sides(writer, checkpoint, kv_cache=False)
         record = writer.add_kv_cache(record, tensors)
-        step = {
+        step: dict[str, Any] = {
             "command": "quantize-kv",
             "recipe": recipe.to_dict(),
-            "source": {
-                "name": source_name,
-                "sha256": {file.name: hash_file(file) for file in checkpoint.identity},
-            },
+            "source": {"name": source_name, "sha256": source.sha256},
             "calibration": described,
             "compute_dtype": str(dtype).removeprefix("torch."),
             "versions": versions(),
-            "peak_rss_bytes": peak_rss_bytes(),
-            "peak_device_bytes": peak_device_bytes(device),
         }
+        if used < batch:
+            step["reduced_batch"] = used
+        source.check()
         writer.write_text("README.md", card.quantized_kv_card(checkpoint, source_name, record))
         manifest = writer.publish(
             checkpoint.config, checkpoint.path, [*checkpoint.steps, step], checkpoint.stored_bytes
@@ -103,6 +135,7 @@ def quantize_kv(
         recipe,
         manifest,
         record,
+        work.resumed,
         time.monotonic() - started,
         peak_rss_bytes(),
         peak_device_bytes(device),
@@ -143,6 +176,38 @@ def _shape(checkpoint: Checkpoint, layer: int) -> tuple[int, int]:
     return queries // groups, width or config.hidden_size // queries
 
 
+def _gradients(
+    checkpoint: Checkpoint,
+    tokens: Tensor,
+    recipe: KvRecipe,
+    record: KvRecord,
+    dtype: torch.dtype,
+    device: torch.device,
+    work: Work,
+    on_gradient: Callable[[int, int], None],
+) -> dict[int, Tensor]:
+    """See kv_calibration.gradients; none unless the recipe weights by them. Kept once they are all there."""
+    if not recipe.config.fisher:
+        return {}
+    trail = work.trail("gradients")
+    if trail.found:
+        return dict(trail.found["gradients"])
+    model = load(checkpoint, dtype, device)
+    turn = tables(model, tokens.shape[1], dtype, device)
+    blocks = list(model.get_submodule(checkpoint.blocks_path))
+
+    def done(sample: int, total: int) -> None:
+        on_gradient(sample, total)
+        if work.stopping and sample < total:
+            raise Stopped(
+                "stopped before the gradients were complete; the same command takes them anew"
+            )
+
+    found = gradients(model, blocks, tokens, turn, sinks=record.sinks, on_sample=done)
+    trail.keep(Boundary(1), {"gradients": found})
+    return found
+
+
 def _calibrate(
     checkpoint: Checkpoint,
     tokens: Tensor,
@@ -150,39 +215,44 @@ def _calibrate(
     record: KvRecord,
     dtype: torch.dtype,
     device: torch.device,
+    found: dict[int, Tensor],
+    work: Work,
+    batch: int,
     on_block: Callable[[BlockDone], None],
-    on_gradient: Callable[[int, int], None],
-) -> dict[str, Tensor]:
-    """The tensors of all packed layers by full name."""
+) -> tuple[dict[str, Tensor], int]:
+    """The tensors of all packed layers by full name, from the last state on.
+
+    found: of _gradients. batch: samples per forward pass, at most; what it was is the second result.
+    """
     samples, length = tokens.shape
-    batches = cut_batches(tokens, recipe.batch or batch_samples(length, device), 0)
-    found: dict[int, Tensor] = {}
-    if recipe.config.fisher:
-        model = load(checkpoint, dtype, device)
-        turn = tables(model, length, dtype, device)
-        blocks = list(model.get_submodule(checkpoint.blocks_path))
-        found = gradients(model, blocks, tokens, turn, sinks=record.sinks, on_sample=on_gradient)
-        del model
-    tensors: dict[str, Tensor] = {}
+    trail = work.trail("quantize-kv", checkpoint.block_count)
+    tensors: dict[str, Tensor] = dict(trail.found.get("tensors", {}))
+    batch = min(batch, trail.found.get("batch", batch))
+    batches = cut_batches(tokens, batch, 0)
     turn = None
+
+    def capture() -> dict[str, Any]:
+        return {"tensors": dict(tensors), "batch": batch}
+
     with torch.no_grad():
-        for loaded in load_blocks(checkpoint, tokens, dtype, device, batches):
+        for loaded in load_blocks(checkpoint, tokens, dtype, device, batches, start=trail.start):
             started = time.monotonic()
-            if loaded.index == 0:
+            if turn is None:
                 turn = tables(loaded.model, length, dtype, device)
             packed = loaded.index in record.layers
             sensing = packed and not recipe.config.plain and not recipe.config.fisher
             seen = observe_block(loaded, batches, turn, sinks=record.sinks, sensing=sensing)
             if packed:
                 if recipe.config.fisher:
-                    senses = found.pop(loaded.index).to(device)
+                    senses = found[loaded.index].to(device)
                     places = gradient_places(samples, length - record.sinks, len(senses))
                     seen.at, seen.senses = [places.to(device)], [senses]
                 fitted = _fit(seen, recipe, record)
                 tensors |= {f"{loaded.index}.{name}": t.cpu() for name, t in fitted.items()}
             seconds = time.monotonic() - started
             on_block(BlockDone(loaded.index, checkpoint.block_count, seconds))
-    return tensors
+            trail.reached(loaded.after, capture)
+    return tensors, batch
 
 
 def _fit(seen: Seen, recipe: KvRecipe, record: KvRecord) -> dict[str, Tensor]:

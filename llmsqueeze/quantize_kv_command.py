@@ -10,13 +10,18 @@ import click
 from llmsqueeze.command import (
     CALIBRATION,
     CHECKPOINT_HELP,
+    RESUME_HELP,
     calibration_options,
+    check_free,
     checkpoint_options,
     common,
     config_options,
     device_option,
     kv_document,
     open_checkpoint,
+    resume_option,
+    took,
+    working,
 )
 from llmsqueeze.errors import RecipeError
 from llmsqueeze.kv_recipe import (
@@ -52,6 +57,8 @@ Methods:
 
 Weights stay as they are. `eval` then measures the checkpoint with its cache packed, and
 `llmsqueeze.kv_cache(model)` makes such a cache for transformers.
+
+{RESUME_HELP} The gradients of --fisher are kept when they are complete.
 """,
 )
 @click.argument("checkpoint")
@@ -72,6 +79,7 @@ Weights stay as they are. `eval` then measures the checkpoint with its cache pac
 @config_options(KV_METHODS)
 @calibration_options(DEFAULT_SAMPLES, str(DEFAULT_SEQLEN))
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
+@resume_option
 @device_option
 @checkpoint_options
 @common
@@ -81,6 +89,7 @@ def quantize_kv(
     out: Path,
     recipe_file: Path | None,
     overwrite: bool,
+    resume: str,
     device: str,
     offline: bool,
     cache_dir: Path,
@@ -91,17 +100,16 @@ def quantize_kv(
     recipe = build_recipe(raw, given)
 
     from llmsqueeze import quantize_kv as library
-    from llmsqueeze.artifact import check_output
     from llmsqueeze.console import facts, size
     from llmsqueeze.device import choose_device
     from llmsqueeze.runtime.kv_cache import stored_formats
 
-    check_output(out, overwrite)
+    check_free(out, overwrite)
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
-    with console.steps() as progress:
+    with console.steps() as progress, working(console, out, where, resume) as work:
         report = library.quantize_kv(
-            opened, name, out, recipe, where, overwrite=overwrite,
+            opened, name, out, recipe, where, overwrite=overwrite, work=work, note=console.note,
             on_block=lambda b: progress("calibrating block", b.index + 1, b.total, f"{b.seconds:.1f} s"),
             on_gradient=lambda done, total: progress("gradient of sample", done, total, ""),
         )  # fmt: skip
@@ -115,6 +123,7 @@ def quantize_kv(
         **kv_document(record),
         "bits_per_element": bits,
         "side_bytes": record.file.bytes if record.file else 0,
+        "resumed_blocks": report.resumed,
         "seconds": report.seconds,
         "peak_rss_bytes": report.peak_rss_bytes,
         "peak_device_bytes": report.peak_device_bytes,
@@ -124,7 +133,7 @@ def quantize_kv(
         "kv cache": f"{bits:.2f} bits per element"
         + (f", first {record.sinks} positions in 16" if record.sinks else ""),
         "calibration": size(document["side_bytes"]) if record.file else "none",
-        "time": f"{report.seconds:.1f} s",
+        "time": took(report),
         "peak memory": size(report.peak_rss_bytes)
         + " host"
         + (f", {size(report.peak_device_bytes)} device" if report.peak_device_bytes else ""),

@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -156,6 +158,7 @@ class ShardWriter:
         self._pending_bytes = 0
         self._parts: list[list[str]] = []
         self._names: set[str] = set()
+        self._synced = 0  # parts that the disk is known to have
         self.total_bytes = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -189,6 +192,43 @@ class ShardWriter:
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (self._directory / "model.safetensors.index.json").write_text(text)
         return records
+
+    def snapshot(self) -> dict[str, Any]:
+        """What restore() goes on from. "pending": tensors that no file has yet; others are on the disk."""
+        for number in range(self._synced + 1, len(self._parts) + 1):
+            with self._part(number).open("rb") as stream:
+                os.fsync(stream.fileno())
+        self._synced = len(self._parts)
+        return {
+            "parts": [list(names) for names in self._parts],
+            "total_bytes": self.total_bytes,
+            "pending": dict(self._pending),
+        }
+
+    def restore(self, found: dict[str, Any] | None) -> None:
+        """Go back to a snapshot, None for the beginning; the directory then has its files and no others.
+
+        CheckpointError when a file is not there any more.
+        """
+        self._parts = [list(names) for names in found["parts"]] if found else []
+        self._pending = dict(found["pending"]) if found else {}
+        self._pending_bytes = sum(t.numel() * t.element_size() for t in self._pending.values())
+        self._names = {name for names in self._parts for name in names} | set(self._pending)
+        self.total_bytes = found["total_bytes"] if found else 0
+        self._synced = len(self._parts)
+        for number in range(1, len(self._parts) + 1):
+            part = self._part(number)
+            # A run that was killed while it published may have given the parts their final names.
+            final = [*self._directory.glob(f"model-{number:05d}-of-*.safetensors"),
+                     *self._directory.glob("model.safetensors")]  # fmt: skip
+            if not part.exists() and final:
+                final[0].rename(part)
+            if not part.exists():
+                raise CheckpointError(f"{part}: missing; pass --resume never to start anew")
+        kept = {self._part(number).name for number in range(1, len(self._parts) + 1)}
+        for path in self._directory.iterdir():
+            if path.name not in kept:
+                path.unlink()
 
     def _part(self, number: int) -> Path:
         return self._directory / f"part-{number:05d}.safetensors"

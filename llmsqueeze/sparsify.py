@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,12 @@ from torch import Tensor
 from llmsqueeze import card, plan
 from llmsqueeze.activation import ActivationRecord, GateRecord
 from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
-from llmsqueeze.blocks import batch_samples, cut_batches, find_groups, load_blocks
+from llmsqueeze.blocks import cut_batches, find_groups, load_blocks
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.compress import (
     BlockDone,
     check_not_inside,
+    computing,
     copy_sides,
     copy_weights,
     note_losses,
@@ -30,10 +29,11 @@ from llmsqueeze.compress import (
     store_block,
     versions,
 )
-from llmsqueeze.device import calibration_dtype, exact_matmul, worker
+from llmsqueeze.device import calibration_dtype, exact_matmul, with_smaller_batches, worker
 from llmsqueeze.encode_recipe import EncodeRecipe
 from llmsqueeze.encoded import EncodedCheckpoint
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.fingerprint import Fingerprint
 from llmsqueeze.gate_calibration import ALREADY_SPARSE, calibrate_block, choose_gates
 from llmsqueeze.methods.greedy import MOST
 from llmsqueeze.numerics.histogram import read_curve
@@ -42,15 +42,18 @@ from llmsqueeze.recipe import Calibration, is_ignored
 from llmsqueeze.rotation import rotate
 from llmsqueeze.shards import hash_file
 from llmsqueeze.sparsify_recipe import DEFAULT_SEQLEN, SparsifyRecipe, ThresholdsRecipe
+from llmsqueeze.work import Work
 
 
 @dataclass(frozen=True)
 class Report:
-    """What happened. already_sparse: gates whose inputs are mostly exact zeros."""
+    """What happened. already_sparse: gates whose inputs are mostly exact zeros. resumed: blocks that an
+    earlier run had done."""
 
     recipe: SparsifyRecipe
     manifest: Manifest
     already_sparse: list[str]
+    resumed: int
     seconds: float
     peak_rss_bytes: int
     peak_device_bytes: int | None
@@ -65,79 +68,83 @@ def sparsify(
     *,
     encode: EncodeRecipe | None = None,
     overwrite: bool = False,
+    work: Work | None = None,
     note: Callable[[str], None] = lambda message: None,
     on_block: Callable[[BlockDone], None] = lambda done: None,
 ) -> Report:
     """Calibrate gates on the weights of a checkpoint and write it with them to `out`.
 
     Weights stay as they are, bit for bit, unless the recipe rotates them or `encode` has them rounded
-    first. Raises RecipeError before any work when the request does not fit the checkpoint or `out`.
+    first. work: see compress.prune. Raises RecipeError before any work when the request does not fit the
+    checkpoint or `out`.
     """
     started = time.monotonic()
     check_output(out, overwrite)
     check_not_inside(out, checkpoint.path)
     Policy.parse(recipe.prefill)
     _check_ignore(checkpoint, recipe)
-    identity, source = checkpoint.identity, checkpoint
+    work = work or Work(out, device)
     with (
+        work,
         worker() as hashing,
-        ArtifactWriter(out, overwrite=overwrite) as writer,
-        _rotated(checkpoint, out, recipe) as checkpoint,
+        ArtifactWriter(out, overwrite=overwrite, directory=work.files) as writer,
         exact_matmul(),
         torch.no_grad(),
     ):
-        hashes = {file.name: hashing.submit(hash_file, file) for file in identity}
+        fingerprint = Fingerprint(checkpoint.identity, hashing)
+        source = checkpoint
         if encode:
             note_losses(source, note)
-            checkpoint = source = EncodedCheckpoint(checkpoint, source_name, encode)
+            source = EncodedCheckpoint(source, source_name, encode)
         asked = _resolve(checkpoint, recipe)
         calibration, windows = plan.calibration_tokens(checkpoint, asked)
         recipe = dataclasses.replace(recipe, calibration=calibration)
         tokens = windows.tokens
         dtype = calibration_dtype(recipe.dtype, checkpoint.dtype, device)
-        batches = cut_batches(tokens, recipe.batch or batch_samples(tokens.shape[1], device), 0)
+        described = windows.describe()
+        work.begin(
+            lambda: {
+                "command": "sparsify",
+                "recipe": recipe.to_dict(),
+                "before": source.changes,
+                "calibration": described,
+                **computing(device, dtype),
+                "source": fingerprint.sha256,
+            }
+        )
+        if recipe.rotate:
+            checkpoint = _rotated(checkpoint, work)
+            checkpoint = (
+                EncodedCheckpoint(checkpoint, source_name, encode) if encode else checkpoint
+            )
+        else:
+            checkpoint = source
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        for name in checkpoint.outer_parameters:
-            writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
-        gates: dict[str, GateRecord] = {}
-        tensors: dict[str, Tensor] = {}
-        groups: dict[tuple[str, ...], list[list[str]]] = {}
-        for loaded in load_blocks(checkpoint, tokens, dtype, device, batches):
-            block_started = time.monotonic()
-            assert loaded.run is not None
-            kind = tuple(loaded.linears)
-            if kind not in groups:
-                groups[kind] = find_groups(loaded.run, batches[0], loaded.linears)
-            specs = choose_gates(loaded, groups[kind], checkpoint.mlp, recipe)
-            for state in calibrate_block(loaded, specs, recipe, batches):
-                gates[loaded.prefix + state.spec.at] = state.record(loaded.prefix)
-                tensors |= {n: t.cpu() for n, t in state.tensors(loaded.prefix).items()}
-            known = checkpoint.site_reports
-            # Not a set operation on its keys: a reader may be adding those of the next block.
-            sites = [n.removesuffix(".weight") for n in loaded.tensors]
-            store_block(
-                writer,
-                checkpoint,
-                {name: tensor.cpu() for name, tensor in loaded.tensors.items()},
-                {name: known[name] for name in sites if name in known},
-            )
-            seconds = time.monotonic() - block_started
-            on_block(BlockDone(loaded.index, checkpoint.block_count, seconds))
+        batch = plan.samples_at_once(recipe.batch, tokens, device)
+        found = with_smaller_batches(
+            batch,
+            lambda batch: _calibrate(
+                checkpoint, tokens, recipe, dtype, device, writer, work, batch, on_block
+            ),
+            note,
+        )
+        gates = found.gates
         if not gates:
             raise RecipeError("--ignore leaves nothing to gate")
-        step = {
+        step: dict[str, Any] = {
             "command": "sparsify",
             "recipe": recipe.to_dict(),
-            "source": {"name": source_name, "sha256": {n: h.result() for n, h in hashes.items()}},
-            "calibration": windows.describe(),
+            "source": {"name": source_name, "sha256": fingerprint.sha256},
+            "calibration": described,
             "compute_dtype": str(dtype).removeprefix("torch."),
             "versions": versions(),
-            "peak_rss_bytes": peak_rss_bytes(),
-            "peak_device_bytes": peak_device_bytes(device),
         }
-        record = writer.add_activation(recipe.method, recipe.prefill, gates, tensors)
+        if found.batch < batch:
+            step["reduced_batch"] = found.batch
+        record = writer.add_activation(recipe.method, recipe.prefill, gates, found.tensors)
         copy_sides(writer, source, activation=False)  # a rotation changes neither keys nor values
+        fingerprint.check()
         manifest = _publish(writer, checkpoint, source_name, step, record)
     sparse = [name for name, gate in gates.items() if gate.zeros >= ALREADY_SPARSE]
     if sparse:
@@ -149,10 +156,81 @@ def sparsify(
         recipe,
         manifest,
         sparse,
+        work.resumed,
         time.monotonic() - started,
         peak_rss_bytes(),
         peak_device_bytes(device),
     )
+
+
+@dataclass
+class _Found:
+    """Gates and their side tensors by full name, of the blocks that were calibrated so far."""
+
+    gates: dict[str, GateRecord]
+    tensors: dict[str, Tensor]
+    batch: int  # samples per forward pass
+
+
+def _calibrate(
+    checkpoint: Checkpoint,
+    tokens: Tensor,
+    recipe: SparsifyRecipe,
+    dtype: torch.dtype,
+    device: torch.device,
+    writer: ArtifactWriter,
+    work: Work,
+    batch: int,
+    on_block: Callable[[BlockDone], None],
+) -> _Found:
+    """Calibrate and store all blocks, from the last state on. batch: samples per forward pass, at most."""
+    trail = work.trail("sparsify", checkpoint.block_count)
+    kept = trail.found
+    writer.restore(kept.get("writer"))
+    found = _Found(
+        {name: GateRecord(**record) for name, record in kept.get("gates", {}).items()},
+        dict(kept.get("tensors", {})),
+        min(batch, kept.get("batch", batch)),
+    )
+    checkpoint.rewind(kept.get("checkpoint", {}), found.batch)
+    if not kept:
+        for name in checkpoint.outer_parameters:
+            writer.add(checkpoint.stored_name(name), checkpoint.read([name])[name])
+
+    def capture() -> dict[str, Any]:
+        return {
+            "writer": writer.snapshot(),
+            "gates": {name: dataclasses.asdict(gate) for name, gate in found.gates.items()},
+            "tensors": dict(found.tensors),
+            "batch": found.batch,
+            "checkpoint": checkpoint.progress(),
+        }
+
+    batches = cut_batches(tokens, found.batch, 0)
+    groups: dict[tuple[str, ...], list[list[str]]] = {}
+    for loaded in load_blocks(checkpoint, tokens, dtype, device, batches, start=trail.start):
+        started = time.monotonic()
+        assert loaded.run is not None
+        kind = tuple(loaded.linears)
+        if kind not in groups:
+            groups[kind] = find_groups(loaded.run, batches[0], loaded.linears)
+        specs = choose_gates(loaded, groups[kind], checkpoint.mlp, recipe)
+        for state in calibrate_block(loaded, specs, recipe, batches):
+            found.gates[loaded.prefix + state.spec.at] = state.record(loaded.prefix)
+            found.tensors |= {n: t.cpu() for n, t in state.tensors(loaded.prefix).items()}
+        known = checkpoint.site_reports
+        # Not a set operation on its keys: a reader may be adding those of the next block.
+        sites = [n.removesuffix(".weight") for n in loaded.tensors]
+        store_block(
+            writer,
+            checkpoint,
+            {name: tensor.cpu() for name, tensor in loaded.tensors.items()},
+            {name: known[name] for name in sites if name in known},
+        )
+        seconds = time.monotonic() - started
+        on_block(BlockDone(loaded.index, checkpoint.block_count, seconds))
+        trail.reached(loaded.after, capture)
+    return found
 
 
 def change_sparsity(
@@ -163,6 +241,7 @@ def change_sparsity(
     prefill: str | None,
     *,
     overwrite: bool = False,
+    work: Work | None = None,
 ) -> Manifest:
     """Write the checkpoint with other thresholds, read off its stored curves: no calibration.
 
@@ -193,9 +272,12 @@ def change_sparsity(
             sparsity=max(share, gate.zeros),
             threshold=read_curve(tensors[f"{name}.curve"], share),
         )
-    with ArtifactWriter(out, overwrite=overwrite) as writer:
+    with (
+        work or Work(out, torch.device("cpu")) as work,
+        ArtifactWriter(out, overwrite=overwrite, directory=work.fresh()) as writer,
+    ):
         copy_weights(writer, checkpoint)
-        step = {
+        step: dict[str, Any] = {
             "command": "sparsify",
             "recipe": ThresholdsRecipe(sparsity, policy).to_dict(),
             "source": {
@@ -220,16 +302,10 @@ def _scaled_share(share: float, before: float, after: float) -> float:
     return min(1 - (1 - share) * (1 - after) / (1 - before), MOST)
 
 
-@contextlib.contextmanager
-def _rotated(checkpoint: Checkpoint, out: Path, recipe: SparsifyRecipe) -> Iterator[Checkpoint]:
-    """The checkpoint itself, or for as long as this lasts a rotated copy beside `out`."""
-    if not recipe.rotate:
-        yield checkpoint
-        return
-    with tempfile.TemporaryDirectory(
-        dir=out.parent, prefix=f".{out.name}.", suffix=".rotated"
-    ) as directory:
-        yield rotate(checkpoint, Path(directory) / "rotated")
+def _rotated(checkpoint: Checkpoint, work: Work) -> Checkpoint:
+    """A rotated copy in the work folder, for as long as that lasts."""
+    folder = work.folder / "rotated"
+    return Checkpoint(folder) if folder.exists() else rotate(checkpoint, folder)
 
 
 def _publish(

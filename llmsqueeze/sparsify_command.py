@@ -10,13 +10,18 @@ import click
 from llmsqueeze.command import (
     CALIBRATION,
     CHECKPOINT_HELP,
+    RESUME_HELP,
     activation_document,
     calibration_options,
+    check_free,
     checkpoint_options,
     common,
     config_options,
     device_option,
     open_checkpoint,
+    resume_option,
+    took,
+    working,
 )
 from llmsqueeze.encode_recipe import ENCODES, EncodeRecipe
 from llmsqueeze.errors import RecipeError
@@ -56,6 +61,8 @@ Weights stay as they are. Decoding then reads only the weights of inputs whose m
 threshold of their channel; which tokens of a prompt are gated as well is --prefill. A checkpoint that
 has thresholds already gets others from its stored quantiles, without calibration, when no --method is
 named.
+
+{RESUME_HELP} Reading other thresholds off stored quantiles keeps no state.
 """
 )
 @click.argument("checkpoint")
@@ -93,6 +100,7 @@ named.
 @config_options(ACTIVATION_METHODS)
 @calibration_options(DEFAULT_SAMPLES, str(DEFAULT_SEQLEN))
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
+@resume_option
 @device_option
 @checkpoint_options
 @common
@@ -103,6 +111,7 @@ def sparsify(
     recipe_file: Path | None,
     encode: str | None,
     overwrite: bool,
+    resume: str,
     device: str,
     offline: bool,
     cache_dir: Path,
@@ -113,12 +122,11 @@ def sparsify(
     recipe = build_recipe(raw, given)
 
     from llmsqueeze import sparsify as library
-    from llmsqueeze.artifact import check_output
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import size
     from llmsqueeze.device import choose_device
 
-    check_output(out, overwrite)
+    check_free(out, overwrite)
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     if opened.activation and not raw and not encode and set(given) <= {"sparsity", "prefill"}:
@@ -128,20 +136,21 @@ def sparsify(
         )
         _report(console, opened, Checkpoint(out), checkpoint, {}, {})
         return
-    with console.steps() as progress:
+    with console.steps() as progress, working(console, out, where, resume) as work:
         report = library.sparsify(
-            opened, name, out, recipe, where, overwrite=overwrite, note=console.note,
+            opened, name, out, recipe, where, overwrite=overwrite, work=work, note=console.note,
             encode=EncodeRecipe(encode) if encode else None,
             on_block=lambda b: progress("calibrating block", b.index + 1, b.total, f"{b.seconds:.1f} s"),
         )  # fmt: skip
     document = {
         "already_sparse": report.already_sparse,
+        "resumed_blocks": report.resumed,
         "seconds": report.seconds,
         "peak_rss_bytes": report.peak_rss_bytes,
         "peak_device_bytes": report.peak_device_bytes,
     }
     rows = {
-        "time": f"{report.seconds:.1f} s",
+        "time": took(report),
         "peak memory": size(report.peak_rss_bytes)
         + " host"
         + (f", {size(report.peak_device_bytes)} device" if report.peak_device_bytes else ""),

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.errors import CalibrationError
+from llmsqueeze.errors import CalibrationError, Stopped
 from llmsqueeze.methods import patch
 from llmsqueeze.methods.base import Target
 from llmsqueeze.numerics.masks import expand_tiles
@@ -67,6 +67,7 @@ def train_masks(
     benefits: dict[str, Tensor] | None = None,
     state: Path | None = None,
     on_step: Callable[[StepDone], None] = lambda done: None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> TrainedMasks:
     """Choose masks by gradient descent on the language-model loss.
 
@@ -77,7 +78,8 @@ def train_masks(
     benefits: site → [tile rows, tile columns], flat or not: the error per weight that leaving a tile
     dense avoids, in one unit for all sites (as tile_benefit.measure gives it). The highest start
     dense. None: tile logits start at random.
-    state: a directory to save to and to go on from.
+    state: a directory to save to and to go on from. stop: asked after every step; where it says so, and there
+    is a state, it is written and Stopped raised.
 
     Raises RecipeError when nothing can be learned or `state` belongs to another run, and
     CalibrationError when the loss or its gradient is not finite.
@@ -122,9 +124,15 @@ def train_masks(
             report()
             pending.put(figures)
             last = step + 1 == config.steps
-            if saved is not None and (last or (step + 1) % config.save_every == 0):
+            stopping = not last and saved is not None and stop()
+            if saved is not None and (last or stopping or (step + 1) % config.save_every == 0):
                 report()  # what is not finite must not be saved
                 saved.write(masks.parameters, optimizer, losses, densities)
+            if stopping:
+                raise Stopped(
+                    f"stopped after step {step + 1} of {config.steps}; the same command goes on from there "
+                    f"({state} has its state)"
+                )
         report()
     keep, dense = masks.harden()
     return TrainedMasks(keep, dense, losses, densities)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import pickle
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.methods import patch
 from llmsqueeze.methods.base import Target
+from llmsqueeze.state_file import read_state, write_state
 
 STATE_NAME = "masks.pt"
 STATE_VERSION = 1
@@ -38,14 +37,13 @@ class TrainingState:
         """Losses and densities of the steps that are done; the arguments are set to what they were."""
         if not self._file.exists():
             return [], []
+        # On the CPU: the logits and moments have their place on the device already.
+        raw = read_state(self._file)
         try:
-            # To the CPU: the logits and moments have their place on the device already.
-            raw = torch.load(self._file, map_location="cpu", weights_only=True)
             found, version = raw["identity"], raw["version"]
-        except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+        except (KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{self._file}: not a training state, or damaged ({type(error).__name__}); "
-                "delete it to start again"
+                f"{self._file}: not a training state; delete it to start again"
             ) from error
         if version != STATE_VERSION:
             raise RecipeError(f"{self._file}: state version {version}; delete it to start again")
@@ -77,15 +75,7 @@ class TrainingState:
             "losses": torch.tensor(losses, dtype=torch.float64),
             "densities": torch.tensor(densities, dtype=torch.float64),
         }
-        partial = self._file.with_suffix(".partial")
-        try:
-            with partial.open("wb") as stream:
-                torch.save(raw, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(self._file)
-        finally:
-            partial.unlink(missing_ok=True)
+        write_state(self._file, raw)
 
 
 def identity_of(

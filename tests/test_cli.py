@@ -281,13 +281,14 @@ def test_output_inside_the_source_is_refused(cli: Cli, tiny: Tiny) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_run_leaves_nothing(
+def test_interrupted_run_without_a_state_leaves_nothing(
     tiny: Tiny, tmp_path: Path, text_file: Path, number: int, code: int
 ) -> None:
     folder = tmp_path / "work"
     folder.mkdir()
     args = ["prune", tiny(num_hidden_layers=60), "-o", folder / "out", "--calib", text_file,
-            "--samples", 100, "--seqlen", 56, "--batch-size", 1, "--device", "cpu"]  # fmt: skip
+            "--samples", 100, "--seqlen", 56, "--batch-size", 1, "--device", "cpu",
+            "--resume", "never"]  # fmt: skip
     # Whoever runs the tests in a shell's background passes an ignored SIGINT on.
     process = subprocess.Popen(
         [sys.executable, "-m", "llmsqueeze", *map(str, args)], stderr=subprocess.PIPE, text=True,

@@ -233,18 +233,22 @@ def test_masks_can_be_trained_within_the_walk(
     assert seen == [True]
 
 
-def test_blocks_come_in_order_and_once(tiny: Tiny, recipe: dict[str, Any]) -> None:
+def test_blocks_come_in_order_and_once(tiny: Tiny, tmp_path: Path, recipe: dict[str, Any]) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     from llmsqueeze.compress import Pruning
     from llmsqueeze.recipe import PruneRecipe
     from llmsqueeze.streamed import StreamedCheckpoint
+    from llmsqueeze.work import Work
 
     source = Checkpoint(tiny())
-    pruning = Pruning(source, PruneRecipe.from_dict(recipe["prune"]), torch.device("cpu"))
+    cpu = torch.device("cpu")
+    work = Work(tmp_path / "out", cpu)
+    pruning = Pruning(source, PruneRecipe.from_dict(recipe["prune"]), cpu, work)
     pruning.prepare()
     with ThreadPoolExecutor() as pool:
         streamed = StreamedCheckpoint(pruning, "name", pool, lambda done: None)
+        streamed.rewind({}, 8)
         outer = streamed.read(source.outer_parameters)
         assert all(
             torch.equal(outer[n], t) for n, t in source.read(source.outer_parameters).items()

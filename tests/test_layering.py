@@ -127,7 +127,11 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "errors",
         "__version__",
     ),
-    "plan": ("blocks", "calibrate", "checkpoint", "data", "methods", "recipe", "errors"),
+    "plan": ("blocks", "calibrate", "checkpoint", "data", "methods", "recipe", "work", "errors"),
+    "state_file": ("shards", "errors"),
+    "fingerprint": ("shards", "errors"),
+    "training_state": ("methods", "state_file", "errors"),
+    "work": ("blocks", "device", "state_file", "errors"),
 }
 
 # What talks to people: only its own modules may use it.
@@ -146,7 +150,7 @@ COMMANDS = (
     "run_command",
     "sparsify_command",
 )
-SKIN = ("cli", "command", "console", "__main__", *COMMANDS)
+SKIN = ("cli", "command", "console", "interrupt", "__main__", *COMMANDS)
 
 
 def name_of(path: Path) -> str:

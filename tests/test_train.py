@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from llmsqueeze.errors import CalibrationError, CheckpointError, RecipeError
+from llmsqueeze.errors import CalibrationError, CheckpointError, RecipeError, Stopped
 from llmsqueeze.methods import patch
 from llmsqueeze.methods.base import NM, Target, Tile
 from llmsqueeze.train import StepDone, TrainedMasks, train_masks
@@ -231,6 +231,18 @@ def test_a_resumed_run_gives_the_same_bits(
         assert masks.dense_tiles == whole.dense_tiles
         assert all(torch.equal(masks.keep[name], whole.keep[name]) for name in whole.keep)
     assert [file.name for file in (tmp_path / "state").iterdir()] == [STATE_NAME]
+
+
+def test_a_run_that_is_asked_to_stop_goes_on(setup: Setup, tmp_path: Path) -> None:
+    asked = iter([False, False, True])
+    with pytest.raises(Stopped, match="after step 3 of 6"):
+        setup.train(MIXED, config(), state=tmp_path, stop=lambda: next(asked))
+    steps: list[int] = []
+    resumed = setup.train(
+        MIXED, config(), state=tmp_path, on_step=lambda done: steps.append(done.index)
+    )
+    assert steps == [3, 4, 5]
+    assert resumed.losses == setup.train(MIXED, config()).losses
 
 
 @each_mode
