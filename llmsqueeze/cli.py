@@ -33,6 +33,7 @@ from llmsqueeze.errors import RecipeError
 from llmsqueeze.eval_command import evaluate
 from llmsqueeze.plan_command import plan
 from llmsqueeze.prune_command import prune
+from llmsqueeze.push_command import push
 from llmsqueeze.quantize_kv_command import quantize_kv
 from llmsqueeze.recipe_command import recipe
 from llmsqueeze.recipe_keys import suggest
@@ -71,8 +72,8 @@ def cli() -> None:
 
     prune a checkpoint, sparsify its activations, quantize-kv its cache, or compress it by a recipe for all
     three; eval what it lost, run it, bench how fast it is, report all that, inspect what is inside, convert
-    between forms; plan says what fits a GPU and what a recipe will do, recipe shows and checks one, doctor
-    looks at this machine, completion teaches the shell all this.
+    between forms, push it to the hub; plan says what fits a GPU and what a recipe will do, recipe shows and
+    checks one, doctor looks at this machine, completion teaches the shell all this.
     """
 
 
@@ -85,6 +86,7 @@ cli.add_command(evaluate)
 cli.add_command(run)
 cli.add_command(bench)
 cli.add_command(report)
+cli.add_command(push)
 cli.add_command(doctor)
 cli.add_command(plan)
 cli.add_command(completion)

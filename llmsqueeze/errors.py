@@ -5,7 +5,7 @@ LlmsqueezeError
 ├── CheckpointError    3   the checkpoint is missing, damaged, unsupported or inconsistent
 ├── DataError          3   calibration or evaluation text is missing, unreadable or too short
 ├── CalibrationError   3   the model produced values that no statistic can use
-├── EnvironmentFault   4   a package or device that the request needs is not there
+├── EnvironmentFault   4   a package, device or service that the request needs is not there
 └── ResourceError      5   out of memory or disk
 
 A message is one line that says what is wrong and what to do about it.
