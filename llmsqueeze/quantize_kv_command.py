@@ -91,12 +91,14 @@ def quantize_kv(
     recipe = build_recipe(raw, given)
 
     from llmsqueeze import quantize_kv as library
+    from llmsqueeze.allocator import return_freed
     from llmsqueeze.artifact import check_output
     from llmsqueeze.console import facts, size
     from llmsqueeze.device import choose_device
     from llmsqueeze.runtime.kv_cache import stored_formats
 
     check_output(out, overwrite)
+    return_freed()
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     with console.steps() as progress:
