@@ -111,7 +111,7 @@ def kv_bytes(checkpoint: Checkpoint, walk: Walk) -> int:
     seen = walk.tokens * groups * width * FP32
     drawn = walk.samples * heads * min(QUERIES, walk.seqlen) * DRAWS * width * FP32
     # Keys, a transposed copy, a quarter of the values; what was drawn as a list and as one tensor, the keys
-    # it reads, weights, both in units of the channel; and in the histogram bins in int64, a product, and fp64.
+    # it reads, weights, both in units of the channel; and the histogram: bins in int64, a product, fp64.
     fitting = 2 * seen + seen // 4 + (6 + 2 + 1 + 2) * drawn
     fitting += KMEANS_TABLES * BINS**2 * 8
     forward = walk.batch_tokens * _inside(checkpoint) * walk.item
