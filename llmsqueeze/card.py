@@ -1,7 +1,11 @@
-"""The README.md of a checkpoint we write: the first thing a stranger sees of it."""
+"""The README.md of a checkpoint we write: the first thing a stranger sees of it.
+
+hub_card.py has the longer one of a push.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,11 @@ from llmsqueeze.activation import ActivationRecord
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.kv_record import KvRecord
 from llmsqueeze.recipe import PruneRecipe
+from llmsqueeze.source import DEMO_CARD, DEMO_NAME
+
+# What a card says of the weights whatever was done to them, under the hub's own names.
+INHERITED = ("license", "license_name", "license_link", "language")
+_SEAL = re.compile(r"\n<!-- made by llmsqueeze, ([0-9a-f]{16}) -->\n?\Z")
 
 _LOAD = """```python
 import llmsqueeze  # teaches transformers this format: do not leave it out
@@ -45,7 +54,7 @@ def model_card(
         "`llmsqueeze.json` records how this was made, `llmsqueeze inspect --verify` checks the files, and",
         "`llmsqueeze eval THIS --against ORIGINAL` measures what pruning cost on text of your choice.",
     ]
-    return _front_matter(checkpoint, source_name, ["llmsqueeze", "sparse"]) + "\n".join(body) + "\n"
+    return _whole(checkpoint, source_name, ["llmsqueeze", "sparse"], "\n".join(body))
 
 
 def sparsified_card(checkpoint: Checkpoint, source_name: str, record: ActivationRecord) -> str:
@@ -69,7 +78,7 @@ def sparsified_card(checkpoint: Checkpoint, source_name: str, record: Activation
         "`llmsqueeze eval THIS --against ORIGINAL` measures what the gates cost on text of your choice, and",
         "how much they drop there.",
     ]
-    return _front_matter(checkpoint, source_name, ["llmsqueeze", "sparse"]) + "\n".join(body) + "\n"
+    return _whole(checkpoint, source_name, ["llmsqueeze", "sparse"], "\n".join(body))
 
 
 def quantized_kv_card(checkpoint: Checkpoint, source_name: str, record: KvRecord) -> str:
@@ -93,7 +102,7 @@ def quantized_kv_card(checkpoint: Checkpoint, source_name: str, record: KvRecord
         "choice, and whether it still finds what was said long ago.",
     ]
     tags = ["llmsqueeze", "kv-cache"]
-    return _front_matter(checkpoint, source_name, tags) + "\n".join(body) + "\n"
+    return _whole(checkpoint, source_name, tags, "\n".join(body))
 
 
 def encoded_card(checkpoint: Checkpoint, source_name: str, to: str, error: float) -> str:
@@ -109,7 +118,7 @@ def encoded_card(checkpoint: Checkpoint, source_name: str, to: str, error: float
         "`llmsqueeze eval THIS --against ORIGINAL` measures what that cost on text of your choice.",
     ]
     tags = ["llmsqueeze", to]
-    return _front_matter(checkpoint, source_name, tags) + "\n".join(body) + "\n"
+    return _whole(checkpoint, source_name, tags, "\n".join(body))
 
 
 def _rounding(checkpoint: Checkpoint) -> str:
@@ -123,32 +132,68 @@ def converted_card(checkpoint: Checkpoint, source_name: str, format: str) -> str
     """Card of a checkpoint that `convert` wrote."""
     text = _DENSE if format == "dense" else "Load it with\n\n" + _LOAD
     tags = ["sparse"] if format == "dense" else ["llmsqueeze", "sparse"]
-    head = _front_matter(checkpoint, source_name, tags)
-    return f"{head}# {_short(source_name)}, converted to {format}\n\n{text}\n"
+    body = f"# {_short(source_name)}, converted to {format}\n\n{text}"
+    return _whole(checkpoint, source_name, tags, body)
 
 
-def _front_matter(checkpoint: Checkpoint, source_name: str, tags: list[str]) -> str:
-    head: dict[str, Any] = {"library_name": "transformers", "tags": tags}
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", source_name) and not Path(source_name).exists():
-        head["base_model"] = source_name
-        head["base_model_relation"] = "quantized"
-    head.update(_licence(checkpoint.path / "README.md"))
-    return f"---\n{yaml.safe_dump(head, sort_keys=False)}---\n\n"
+def seal(text: str) -> str:
+    """The card with a last line by which is_sealed() knows that nobody changed it."""
+    return f"{text}\n<!-- made by llmsqueeze, {_digest(text)} -->\n"
 
 
-def _licence(readme: Path) -> dict[str, Any]:
-    """The licence keys of the source's own card, if it has one."""
-    if not readme.is_file():
-        return {}
-    match = re.match(
-        r"---\n(.*?)\n---\n", readme.read_text(encoding="utf-8", errors="replace"), re.S
-    )
+def is_sealed(card: str) -> bool:
+    """Whether the card is as seal() made it; what people wrote into one must not be lost."""
+    found = _SEAL.search(card)
+    return found is not None and _digest(card[: found.start()]) == found[1]
+
+
+def front_matter(head: dict[str, Any]) -> str:
+    """The metadata of a card as the hub reads it."""
+    return f"---\n{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n\n"
+
+
+def read_front_matter(card: str) -> dict[str, Any]:
+    """The metadata of a card; none of one that has none, or that cannot be read."""
+    match = re.match(r"---\r?\n(.*?)\r?\n---\r?\n", card, re.S)
     try:
         head = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         return {}  # a card we cannot read says nothing that we could repeat
-    keys = ("license", "license_name", "license_link")
-    return {key: head[key] for key in keys if key in head} if isinstance(head, dict) else {}
+    return head if isinstance(head, dict) else {}
+
+
+def _whole(checkpoint: Checkpoint, source_name: str, tags: list[str], body: str) -> str:
+    head: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": tags,
+        **_origin(checkpoint, source_name),
+    }
+    return seal(front_matter(head) + body + "\n")
+
+
+def _origin(checkpoint: Checkpoint, source_name: str) -> dict[str, Any]:
+    """Base model, licence and language, as far as they are known."""
+    readme = checkpoint.path / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    before = read_front_matter(text)
+    known = {key: before[key] for key in INHERITED if key in before}
+    if source_name == DEMO_NAME:
+        return known | DEMO_CARD
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", source_name) and not Path(source_name).exists():
+        return known | base_model(source_name)
+    if checkpoint.manifest and before.get("base_model"):
+        return known | base_model(str(before["base_model"]))
+    return known
+
+
+def base_model(name: str) -> dict[str, str]:
+    """The hub's words for a model that was made of another, without training it further."""
+    return {"base_model": name, "base_model_relation": "quantized"}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:16]
 
 
 def _short(source_name: str) -> str:

@@ -34,6 +34,7 @@ from llmsqueeze.eval_command import evaluate
 from llmsqueeze.interrupt import end
 from llmsqueeze.plan_command import plan
 from llmsqueeze.prune_command import prune
+from llmsqueeze.push_command import push
 from llmsqueeze.quantize_kv_command import quantize_kv
 from llmsqueeze.recipe_command import recipe
 from llmsqueeze.recipe_keys import suggest
@@ -70,8 +71,8 @@ def cli() -> None:
 
     prune a checkpoint, sparsify its activations, quantize-kv its cache, or compress it by a recipe for all
     three; eval what it lost, run it, bench how fast it is, report all that, inspect what is inside, convert
-    between forms; plan says what fits a GPU and what a recipe will do, recipe shows and checks one, doctor
-    looks at this machine, completion teaches the shell all this.
+    between forms, push it to the hub; plan says what fits a GPU and what a recipe will do, recipe shows and
+    checks one, doctor looks at this machine, completion teaches the shell all this.
     """
 
 
@@ -84,6 +85,7 @@ cli.add_command(evaluate)
 cli.add_command(run)
 cli.add_command(bench)
 cli.add_command(report)
+cli.add_command(push)
 cli.add_command(doctor)
 cli.add_command(plan)
 cli.add_command(completion)

@@ -101,12 +101,18 @@ def _command(body: Callable[..., None], prepare: Callable[[bool], None]) -> Call
     return command
 
 
+def offline_option(body: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--offline", is_flag=True, envvar="LLMSQUEEZE_OFFLINE",
+        help="Use only what is on this machine.",
+    )(body)  # fmt: skip
+
+
 def checkpoint_options(body: Callable[..., None]) -> Callable[..., None]:
     """Options of commands that open a checkpoint."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "llmsqueeze"
     for option in (
-        click.option("--offline", is_flag=True, envvar="LLMSQUEEZE_OFFLINE",
-                     help="Use only what is on this machine."),
+        offline_option,
         click.option("--cache-dir", type=click.Path(path_type=Path), default=default,
                      envvar="LLMSQUEEZE_CACHE_DIR", help="Where converted .gguf files are kept."),
     ):  # fmt: skip

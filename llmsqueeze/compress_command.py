@@ -93,6 +93,7 @@ def compress(
             "--target-ppl-ratio changes a recipe, and a manifest is made again as it was"
         )
 
+    from llmsqueeze.allocator import return_freed
     from llmsqueeze.artifact import Manifest
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.compress import peak_device_bytes, peak_rss_bytes
@@ -107,6 +108,7 @@ def compress(
     ):  # as it was published, not only what recipe show prints
         wanted = Manifest.from_json(asked.manifest.read_text(encoding="utf-8"))
     check_free(out, overwrite)
+    return_freed()
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     if target_ppl_ratio is not None:

@@ -8,7 +8,7 @@ LlmsqueezeError
 │   └── SourceDamaged  3   a tensor of it holds what is no number
 ├── DataError          3   calibration or evaluation text is missing, unreadable or too short
 ├── CalibrationError   3   the model produced values that no statistic can use
-├── EnvironmentFault   4   a package or device that the request needs is not there
+├── EnvironmentFault   4   a package, device or service that the request needs is not there
 ├── ResourceError      5   out of memory or disk
 └── Stopped           75   stopped on request where the same command can go on
 

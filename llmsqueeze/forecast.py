@@ -1,7 +1,7 @@
 """What a recipe will make of a checkpoint, and what doing it takes, before any weight is read.
 
-Bytes follow from shapes. Memory and time are estimates: memory from what calibration holds at once, time from
-a count of multiplications and this machine's rate of one matrix product, measured here and now.
+Bytes follow from shapes, and so does memory: a count of what is held at once (footprint.py). Time is an
+estimate, from a count of multiplications and this machine's rate of one product, measured here and now.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
-from math import prod
 
 import torch
 
+from llmsqueeze import footprint
 from llmsqueeze.activation import GateRecord
 from llmsqueeze.blocks import batch_samples
 from llmsqueeze.checkpoint import Checkpoint, PackedSource
@@ -25,7 +25,6 @@ from llmsqueeze.methods.gating import BlockParts
 from llmsqueeze.plan import choose_sites, memory_estimate, window_length
 from llmsqueeze.recipe import Calibration, PruneRecipe, allocation_needs, is_ignored
 from llmsqueeze.runtime.packed import LEAST_SPARSITY
-from llmsqueeze.shards import SHARD_BYTES
 from llmsqueeze.sparsify_recipe import DEFAULT_SEQLEN as GATE_SEQLEN
 from llmsqueeze.sparsify_recipe import SparsifyRecipe
 from llmsqueeze.step_recipes import Step
@@ -42,10 +41,9 @@ STORE_RATE = 150e6
 RATE_SECONDS = 0.5
 
 
-# Of what calibration holds on a CPU, what the process grows by: the allocator's slack, and temporaries within
-# operators. With what libraries load later, fitted to three blocks 512 wide, where peaks of 0.5 to 0.7 GB
-# were met within 3 %; larger models were not measured.
-HOST_SLACK, LIBRARIES = 1.9, 12_000_000
+# What libraries load and set up at their first product and first text, which `plan` has not met: by what a
+# model of 200 kB took, 22 to 27 MB by method.
+LIBRARIES = 25_000_000
 
 
 @dataclass(frozen=True)
@@ -166,14 +164,12 @@ def efforts(checkpoint: Checkpoint, steps: list[Step], device: torch.device) -> 
         calibration = _calibration(checkpoint, step)
         if calibration is None or isinstance(recipe, EncodeRecipe):
             seconds = 2 * checkpoint.stored_bytes / STORE_RATE
-            largest = max(m.weight.numel() for m in checkpoint.linears(0).values())
-            found.append(Effort(step.command, 0, 4 * largest * 4, seconds))
+            found.append(Effort(step.command, 0, footprint.encoding_bytes(checkpoint), seconds))
             continue
         assert not isinstance(recipe, EncodeRecipe) and hasattr(recipe, "dtype")
         dtype = calibration_dtype(recipe.dtype, checkpoint.dtype, device)
         samples, seqlen = calibration
-        tokens = torch.empty(samples, seqlen, dtype=torch.int64, device="meta")
-        held = _held(checkpoint, step, tokens, dtype, device)
+        held = _held(checkpoint, step, samples, seqlen, dtype, device)
         if isinstance(recipe, PruneRecipe) and recipe.tiles != "score":
             found.append(Effort(step.command, samples * seqlen, held, None))
             continue
@@ -185,16 +181,41 @@ def efforts(checkpoint: Checkpoint, steps: list[Step], device: torch.device) -> 
 
 
 def host_bytes(
-    checkpoint: Checkpoint, made: Outcome, took: list[Effort], device: torch.device, now: int
+    checkpoint: Checkpoint,
+    steps: list[Step],
+    made: Outcome,
+    took: list[Effort],
+    device: torch.device,
+    now: int,
 ) -> int:
     """Resident memory at the peak. now: of this process, which has loaded the same libraries.
 
-    Beside what walks hold on a CPU: a shard before it is written and as it is serialised, the source's pages.
+    Beside what walks hold on a CPU: pages of the source, and finished tensors that no file has yet, which are
+    the most while the last block is at work or once it is done.
     """
-    shard = 2 * min(made.bytes_after, SHARD_BYTES)
-    pages = min(checkpoint.stored_bytes, SHARD_BYTES)
-    held = max(effort.bytes for effort in took) if device.type == "cpu" else 0
-    return now + LIBRARIES + shard + pages + round(HOST_SLACK * held)
+    changed = any(isinstance(step.recipe, PruneRecipe | EncodeRecipe) for step in steps)
+    pending = footprint.pending_bytes(checkpoint, made.bytes_after, changed=changed)
+    before = pending * (made.blocks - 1) // made.blocks
+    held = [0]
+    for stage in _stages(steps, took):
+        if device.type == "cpu":
+            held.append(sum(effort.bytes for effort in stage))
+    peak = max(before + max(held), pending + footprint.encoding_bytes(checkpoint))
+    return now + LIBRARIES + footprint.source_bytes(checkpoint, made.bytes_after) + peak
+
+
+def _stages(steps: list[Step], took: list[Effort]) -> list[list[Effort]]:
+    """Efforts that are at work at the same time: a block is pruned, and then calibrated for gates."""
+    stages: list[list[Effort]] = []
+    for step, effort in zip(steps, took, strict=True):
+        recipe = step.recipe
+        gated = isinstance(recipe, SparsifyRecipe) and not recipe.rotate
+        changing = stages and stages[-1][-1].command in ("prune", "encode")
+        if stages and (isinstance(recipe, EncodeRecipe) or (gated and changing)):
+            stages[-1].append(effort)
+        else:
+            stages.append([effort])
+    return stages
 
 
 def product_rate(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> float:
@@ -283,42 +304,23 @@ def _calibration(checkpoint: Checkpoint, step: Step) -> tuple[int, int] | None:
     return None
 
 
-def _outer(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
-    """Bytes of embeddings and what else is no block, as computed with and as stored."""
-    names = checkpoint.outer_parameters
-    count = sum(prod(checkpoint.model.get_parameter(n).shape) for n in names)
-    return count * dtype.itemsize + sum(stored_bytes(checkpoint, name) for name in names)
-
-
 def _held(
     checkpoint: Checkpoint,
     step: Step,
-    tokens: torch.Tensor,
+    samples: int,
+    seqlen: int,
     dtype: torch.dtype,
     device: torch.device,
 ) -> int:
     """Bytes that a walk holds on its device at its peak."""
     recipe = step.recipe
-    linears = list(checkpoint.linears(0).values())
-    width = checkpoint.model.get_input_embeddings().weight.shape[1]
-    hidden = tokens.numel() * width * dtype.itemsize
-    embedding = _outer(checkpoint, dtype) + hidden
     if isinstance(recipe, PruneRecipe):
-        return max(embedding, memory_estimate(checkpoint, recipe, tokens, dtype, device))
-    samples, seqlen = tokens.shape
-    at_once = min(samples, batch_samples(seqlen, device)) * seqlen
-    widest = max(m.in_features for m in linears)
-    weights = sum(m.weight.numel() for m in linears)
-    block = weights * (checkpoint.dtype.itemsize + dtype.itemsize)
-    inside = at_once * (4 * widest + 6 * width) * dtype.itemsize + 2 * at_once * widest * 4
-    if isinstance(recipe, KvRecipe):
-        config = checkpoint.model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        channels = heads * (
-            getattr(config, "head_dim", None) or width // config.num_attention_heads
-        )
-        inside += 12 * tokens.numel() * channels * 4
-    return max(embedding, hidden + block + inside)
+        tokens = torch.empty(samples, seqlen, dtype=torch.int64, device="meta")
+        return memory_estimate(checkpoint, recipe, tokens, dtype, device)
+    assert isinstance(recipe, SparsifyRecipe | KvRecipe)
+    walk = footprint.Walk.of(samples, seqlen, recipe.batch, dtype, device)
+    inside = footprint.kv_bytes if isinstance(recipe, KvRecipe) else footprint.gate_bytes
+    return max(footprint.embedding_bytes(checkpoint, walk), inside(checkpoint, walk))
 
 
 def _work(
@@ -338,13 +340,9 @@ def _work(
         passes = 3 if recipe.sequential else 2
         return blocks * forward * (passes * tokens + trials * first)
     if isinstance(recipe, KvRecipe):
-        config = checkpoint.model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        channels = heads * (
-            getattr(config, "head_dim", None) or width // config.num_attention_heads
-        )
+        _, groups, channels = footprint.attention_shape(checkpoint)
         passes = 4 if recipe.config and recipe.config.fisher else 1
-        return blocks * tokens * (forward * passes + KV_WORK * channels)
+        return blocks * tokens * (forward * passes + KV_WORK * groups * channels)
     assert isinstance(recipe, PruneRecipe)
     needs = recipe.needs
     looks = 1 if recipe.order == "group" else 2

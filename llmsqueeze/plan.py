@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsqueeze import footprint
+from llmsqueeze.allocator import trim
 from llmsqueeze.blocks import batch_samples
 from llmsqueeze.calibrate import walk
 from llmsqueeze.checkpoint import Checkpoint
@@ -65,33 +67,12 @@ def memory_estimate(
     dtype: torch.dtype,
     device: torch.device,
 ) -> int:
-    """Bytes that calibration will hold on `device` at its peak, from shapes alone.
-
-    Activations (between blocks, and inside one for order "group"), one block, the statistics of its
-    widest input group and the solvers' copies of them. On an H100 the peak was
-    within a tenth of it for demo with 128 × 2048 tokens, by wanda, sparsegpt and admm, with and
-    without refit.
-    """
-    needs = recipe.needs
-    followed = 2 if "product" in needs and recipe.dense_share else 1  # the dense model as well
-    hidden = checkpoint.model.get_input_embeddings().weight.shape[1]
-    linears = [m for i in range(checkpoint.block_count) for m in checkpoint.linears(i).values()]
-    widest = max(m.in_features for m in linears)
-    item = dtype.itemsize
-    at_once = recipe.batch or batch_samples(tokens.shape[1], device)
-    held = tokens.numel() if recipe.order == "group" else at_once * tokens.shape[1]
-    between = tokens.numel() * hidden * item * followed
-    inside = held * (hidden + widest) * item * followed
-    temporaries = at_once * tokens.shape[1] * (4 * widest + 6 * hidden) * item
-    if "sq_sum" in needs:  # an fp32 copy of the inputs, and their squares
-        temporaries += at_once * tokens.shape[1] * widest * 8
-    block = sum(m.weight.numel() for m in linears) // checkpoint.block_count
-    weights = block * (checkpoint.dtype.itemsize + item * followed)
-    # Gram, cross products, their held-out parts and differences; a solver's inverse and fp64 copies.
-    squares = 12 if "product" in needs else 4 if "gram" in needs else 0
-    rows = max(m.out_features for m in linears)
-    solver = 10 * rows * widest * 4 if "gram" in needs else 3 * rows * widest * 4
-    return between + inside + temporaries + weights + squares * widest**2 * 4 + solver
+    """Bytes that calibration will hold on `device` at its peak, from shapes alone."""
+    followed = 2 if "product" in recipe.needs and recipe.dense_share else 1
+    samples, seqlen = tokens.shape
+    walk = footprint.Walk.of(samples, seqlen, recipe.batch, dtype, device, followed)
+    held = footprint.prune_bytes(checkpoint, recipe, walk, held_out_samples(recipe))
+    return max(footprint.embedding_bytes(checkpoint, walk), held)
 
 
 def allocate(
@@ -153,6 +134,7 @@ def calibration_tokens(checkpoint: Checkpoint, asked: Calibration) -> tuple[Cali
         bos=asked.bos,
     )
     check_vocabulary(windows.tokens, checkpoint)
+    trim()  # texts as lists of tokens leave much behind
     return dataclasses.replace(asked, seqlen=seqlen), windows
 
 

@@ -112,13 +112,14 @@ def _dry_run(
 
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
+    now = rss_bytes()  # before products are measured, which leave memory behind
     made = outcome(opened, asked.steps)
     took = efforts(opened, asked.steps, where)
     most = max(effort.bytes for effort in took)
     seconds = [effort.seconds for effort in took]
     total = None if None in seconds else sum(s for s in seconds if s)
     on_gpu = where.type == "cuda"
-    host = host_bytes(opened, made, took, where, rss_bytes())
+    host = host_bytes(opened, asked.steps, made, took, where, now)
     document = {
         "checkpoint": name, "device": str(where), "blocks": made.blocks, "linears": made.linears,
         "sites": made.sites,

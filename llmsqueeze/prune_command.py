@@ -160,10 +160,12 @@ def prune(
     recipe = build_recipe(read_recipe(recipe_file) if recipe_file else {}, options)
 
     from llmsqueeze import compress
+    from llmsqueeze.allocator import return_freed
     from llmsqueeze.console import facts, size
     from llmsqueeze.device import choose_device
 
     check_free(out, overwrite)
+    return_freed()
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     state = training_state

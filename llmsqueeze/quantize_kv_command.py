@@ -100,11 +100,13 @@ def quantize_kv(
     recipe = build_recipe(raw, given)
 
     from llmsqueeze import quantize_kv as library
+    from llmsqueeze.allocator import return_freed
     from llmsqueeze.console import facts, size
     from llmsqueeze.device import choose_device
     from llmsqueeze.runtime.kv_cache import stored_formats
 
     check_free(out, overwrite)
+    return_freed()
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     with console.steps() as progress, working(console, out, where, resume) as work:

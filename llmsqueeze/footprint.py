@@ -1,0 +1,251 @@
+"""What calibration holds at once, counted from shapes: nothing is read, and no factor is fitted.
+
+Activations of the model are counted tensor by tensor, as a block's forward has them alive where it enters a
+linear; statistics and solvers as their modules allocate. Where another architecture keeps one more or one
+less, the count is off by that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import nn
+
+from llmsqueeze.blocks import batch_samples
+from llmsqueeze.checkpoint import Checkpoint, PackedSource
+from llmsqueeze.kv_calibration import DRAWS, QUERIES
+from llmsqueeze.numerics.kmeans import BINS
+from llmsqueeze.numerics.stats import PROBE_TOKENS
+from llmsqueeze.recipe import PruneRecipe
+from llmsqueeze.shards import SHARD_BYTES
+from llmsqueeze.traffic import stored_bytes
+
+FP32 = 4
+# Square tables in fp64 that optimal k-means on a line has at once; see numerics.kmeans.
+KMEANS_TABLES = 6
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A walk over the blocks. item: bytes of a number that it computes with; followed: models, 1 or 2 with
+    the dense one; at_once: samples per forward pass."""
+
+    samples: int
+    seqlen: int
+    at_once: int
+    item: int
+    followed: int = 1
+
+    @classmethod
+    def of(
+        cls, samples: int, seqlen: int, batch: int, dtype: torch.dtype, device: torch.device,
+        followed: int = 1,
+    ) -> Walk:  # fmt: skip
+        at_once = min(samples, batch or batch_samples(seqlen, device))
+        return cls(samples, seqlen, at_once, dtype.itemsize, followed)
+
+    @property
+    def tokens(self) -> int:
+        return self.samples * self.seqlen
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.at_once * self.seqlen
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Linears fed by one tensor. entered: numbers a token that the block's forward holds where it enters
+    them, what comes in from the block before aside; drift: outputs, if they write to the residual stream."""
+
+    width: int
+    rows: int
+    entered: int
+    drift: int
+
+
+def prune_bytes(checkpoint: Checkpoint, recipe: PruneRecipe, walk: Walk, held_out: int) -> int:
+    """Of a walk that prunes: the most of its groups, each while its widest linear is solved for."""
+    needs = recipe.needs
+    hidden = _hidden(checkpoint)
+    between = walk.tokens * hidden * walk.item * walk.followed
+    weights = _block_weights(checkpoint) * walk.item * walk.followed
+    groups = _groups(checkpoint)
+    of_each = min(PROBE_TOKENS, walk.seqlen)
+    probe = (held_out or walk.samples) * of_each
+    probes = (walk.samples + held_out) * of_each * walk.item
+    kept = walk.tokens if recipe.order == "group" else walk.batch_tokens
+    peaks = []
+    every = sum(_statistics(g, needs, recipe, held_out, probes) for g in groups)
+    for group in groups:
+        inside = kept * group.entered * walk.item * walk.followed
+        own = _statistics(group, needs, recipe, held_out, probes)
+        if recipe.order == "block":
+            inside, own = 0, every
+        peaks.append(inside + own + _solver(group, recipe, probe))
+    # The forward of one batch, in the midst of the others; sums are of fp32 copies of what it puts in.
+    forward = walk.batch_tokens * _inside(checkpoint) * walk.item
+    if walk.item < FP32:
+        forward += walk.batch_tokens * max(g.width for g in groups) * 2 * FP32
+    if recipe.order == "block":
+        peaks.append(every + forward + kept * max(g.entered for g in groups) * walk.item)
+    else:
+        peaks.append(max(kept * g.entered for g in groups) * walk.item * walk.followed + forward)
+    return between + weights + max(peaks)
+
+
+def gate_bytes(checkpoint: Checkpoint, walk: Walk) -> int:
+    """Of a walk that calibrates gates: one batch inside a block, and a histogram of what it sees."""
+    widest = max(group.width for group in _groups(checkpoint))
+    # Magnitudes, their scaled copy and bits in fp32 and int32, the bin of each in int64.
+    histogram = walk.batch_tokens * widest * (3 * FP32 + 8)
+    forward = walk.batch_tokens * _inside(checkpoint) * walk.item
+    return _plain_walk(checkpoint, walk) + forward + histogram
+
+
+def kv_bytes(checkpoint: Checkpoint, walk: Walk) -> int:
+    """Of a walk that calibrates a KV cache: a layer's keys and values, and the queries that read them."""
+    heads, groups, width = attention_shape(checkpoint)
+    seen = walk.tokens * groups * width * FP32
+    drawn = walk.samples * heads * min(QUERIES, walk.seqlen) * DRAWS * width * FP32
+    # Keys, a transposed copy, a quarter of the values; what was drawn as a list and as one tensor, the keys
+    # it reads, weights, both in units of the channel; and the histogram: bins in int64, a product, fp64.
+    fitting = 2 * seen + seen // 4 + (6 + 2 + 1 + 2) * drawn
+    fitting += KMEANS_TABLES * BINS**2 * 8
+    forward = walk.batch_tokens * _inside(checkpoint) * walk.item
+    return _plain_walk(checkpoint, walk) + max(forward + seen, fitting)
+
+
+def embedding_bytes(checkpoint: Checkpoint, walk: Walk) -> int:
+    """Before the first block: what is embedded, by a copy in the dtype of the computation."""
+    dtype = {2: (torch.bfloat16, torch.float16), 4: (torch.float32,)}[walk.item]
+    table = checkpoint.model.get_input_embeddings().weight.numel()
+    copied = 0 if checkpoint.dtype in dtype else table * walk.item
+    return copied + walk.tokens * _hidden(checkpoint) * walk.item * walk.followed
+
+
+def source_bytes(checkpoint: Checkpoint, written: int) -> int:
+    """Pages of the source that are mapped at once: of all blocks that no file has yet, and the next one.
+
+    A norm that waits to be written keeps the pages that were read with it. written: bytes of all tensors.
+    """
+    whole = checkpoint.stored_bytes
+    waiting = whole * min(1.0, SHARD_BYTES / max(written, 1))
+    ahead = sum(stored_bytes(checkpoint, name) for name in checkpoint.block_parameters(0))
+    return min(whole, round(waiting) + ahead)
+
+
+def pending_bytes(checkpoint: Checkpoint, written: int, *, changed: bool) -> int:
+    """Finished tensors that no file has yet, those aside that still lie in the source as they are.
+
+    written: bytes of all; changed: whether linears are.
+    """
+    plain = [n for n, source in checkpoint.sources.items() if not isinstance(source, PackedSource)]
+    if changed:
+        plain = [name for name in plain if name in checkpoint.outer_parameters]
+    lying = sum(stored_bytes(checkpoint, name) for name in plain)
+    return min(max(0, written - lying), SHARD_BYTES)
+
+
+def encoding_bytes(checkpoint: Checkpoint) -> int:
+    """Of one linear while it is put into its smallest encoding: in fp32, rounded, and its bits."""
+    return max(module.weight.numel() for module in _linears(checkpoint)) * (3 * FP32)
+
+
+def attention_shape(checkpoint: Checkpoint) -> tuple[int, int, int]:
+    """Heads, key-value heads and their width, as config.json has them."""
+    config = checkpoint.model.config.get_text_config(decoder=True)
+    heads = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    return heads, groups, getattr(config, "head_dim", None) or _hidden(checkpoint) // heads
+
+
+def _plain_walk(checkpoint: Checkpoint, walk: Walk) -> int:
+    between = walk.tokens * _hidden(checkpoint) * walk.item
+    return between + _block_weights(checkpoint) * walk.item
+
+
+def _statistics(
+    group: _Group, needs: frozenset[str], recipe: PruneRecipe, held_out: int, probes: int
+) -> int:
+    """Of one input group: sums for all tokens, those held out, and the rest; some tokens as they came."""
+    squares = group.width * ("gram" in needs)
+    if "product" in needs and recipe.dense_share:
+        squares += group.width + group.drift
+    copies = 3 if held_out else 1
+    return copies * squares * group.width * FP32 + probes * group.width
+
+
+def _solver(group: _Group, recipe: PruneRecipe, probe: int) -> int:
+    """What a method, a refit and the final check allocate for a linear, the most at once."""
+    square, matrix = group.width**2 * FP32, group.rows * group.width * FP32
+    # The error of the result: both weights and their difference; tokens, and outputs with their squares.
+    check = 3 * matrix + probe * (group.width + 2 * group.rows) * FP32
+    # Scores, those of each row in another order, which stay; magnitude and Wanda do no more.
+    steps = [check, 4 * matrix]
+    inverse = 0
+    if recipe.method == "sparsegpt":
+        inverse = square
+        # Hessian, damped, its factor, the inverse, that one's factor, LAPACK's copy; then the weights.
+        steps += [6 * square, square + 3 * matrix]
+    elif recipe.method == "admm":
+        inverse = square
+        # The Gram matrix scaled in fp64; then w, z, both targets, their gap, and the next w.
+        steps += [5 * square, 2 * square + 10 * matrix]
+    if recipe.refit != "none":
+        # Two problems; start, mask, iterate, residual, direction, best, each with its successor.
+        steps.append(inverse + square + 16 * matrix)
+    return max(steps)
+
+
+def _groups(checkpoint: Checkpoint) -> list[_Group]:
+    """Input groups of the first block: linears of one width under one parent, in the order of the model.
+
+    Where a forward enters the first of a parent's linears it holds that parent's input beside the residual
+    stream; where it enters the last, in attention, also queries, keys and values.
+    """
+    hidden = _hidden(checkpoint)
+    linears = checkpoint.linears(0)
+    # The last one under its parent that puts out the residual stream's width writes to it.
+    last = {n.rpartition(".")[0]: n for n, m in linears.items() if m.out_features == hidden}
+    found: dict[tuple[str, bool], list[nn.Linear]] = {}
+    for name, module in linears.items():
+        parent = name.rpartition(".")[0]
+        found.setdefault((parent, last.get(parent) == name), []).append(module)
+    groups = []
+    for (parent, writes), modules in found.items():
+        width = max(m.in_features for m in modules)
+        entered = 2 * hidden
+        if writes:
+            attention = "attn" in parent or "attention" in parent
+            before = found.get((parent, False), [])
+            entered = hidden + width
+            if attention:
+                entered += sum(m.out_features for m in before)
+            else:  # gate and up in one linear are views of what it put out
+                entered += hidden + sum(m.out_features for m in before if m.out_features > width)
+        groups.append(
+            _Group(width, max(m.out_features for m in modules), entered, hidden if writes else 0)
+        )
+    return groups
+
+
+def _inside(checkpoint: Checkpoint) -> int:
+    """Numbers a token in the widest place of a block's forward: an MLP's products and their activation."""
+    hidden = _hidden(checkpoint)
+    return 3 * max(m.in_features for m in _linears(checkpoint)) + 3 * hidden
+
+
+def _linears(checkpoint: Checkpoint) -> list[nn.Linear]:
+    return list(checkpoint.linears(0).values())
+
+
+def _hidden(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.model.get_input_embeddings().weight.shape[1])
+
+
+def _block_weights(checkpoint: Checkpoint) -> int:
+    parameters = (checkpoint.model.get_parameter(n) for n in checkpoint.block_parameters(0))
+    return sum(prod(parameter.shape) for parameter in parameters)
