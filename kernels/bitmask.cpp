@@ -13,6 +13,11 @@
 #include <vector>
 
 #include "cpu.h"
+#if TILES && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -152,7 +157,7 @@ Rows rows_of(int isa, int rows, int tokens) {
         {},
         {rows_avx512<KIND, MASKED, 4, 1>, rows_avx512<KIND, MASKED, 4, 2>, rows_avx512<KIND, MASKED, 4, 3>,
          rows_avx512<KIND, MASKED, 4, 4>}};
-    return isa == AVX512 ? avx512[rows - 1][tokens - 1]
+    return isa >= AVX512 ? avx512[rows - 1][tokens - 1]
            : isa == AVX2 ? avx2[tokens - 1]
                          : row_portable<KIND, MASKED>;
 }
@@ -205,7 +210,7 @@ WITH_AVX512 const void* expand_avx512(const void* from, const uint8_t* mask, voi
 
 template <int KIND, bool WIDE>
 Expand expand_of(int isa) {
-    return isa == AVX512 ? expand_avx512<KIND, WIDE> : isa == AVX2 ? expand_avx2<KIND, WIDE> : expand_portable<KIND, WIDE>;
+    return isa >= AVX512 ? expand_avx512<KIND, WIDE> : isa == AVX2 ? expand_avx2<KIND, WIDE> : expand_portable<KIND, WIDE>;
 }
 
 #else
@@ -223,7 +228,7 @@ Expand expand_of(int) {
 #endif
 
 // How many rows go side by side: what registers hold. With AVX2 two took longer than one, on an EPYC.
-int beside(int isa, int tokens) { return isa != AVX512 ? 1 : tokens <= 4 ? 4 : 2; }
+int beside(int isa, int tokens) { return isa < AVX512 ? 1 : tokens <= 4 ? 4 : 2; }
 
 template <bool MASKED>
 Rows rows_for(int kind, int isa, int rows, int tokens) {
@@ -239,15 +244,29 @@ Expand expand_for(int kind, int isa, bool wide) {
     return expand_of<FP32, true>(isa);
 }
 
+// Whether there is AMX, and the system lets this process use it.
+bool has_tiles() {
+#if TILES && defined(__linux__)
+    unsigned a, b, c, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+    constexpr int ASK = 0x1023, TILE_DATA = 18;  // ARCH_REQ_XCOMP_PERM
+    static const bool allowed = syscall(SYS_arch_prctl, ASK, TILE_DATA) == 0;
+    return allowed;
+#else
+    return false;
+#endif
+}
+
 int best_isa() {
 #if X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt") &&
-        __builtin_cpu_supports("f16c"))
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2")
-                   ? AVX512
-                   : AVX2;
+        __builtin_cpu_supports("f16c")) {
+        if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2")))
+            return AVX2;
+        return has_tiles() ? AMX : AVX512;
+    }
 #endif
     return PORTABLE;
 }
@@ -311,13 +330,10 @@ struct Weight {
     int64_t rows;
 };
 
-// Rows of W times x. x: some tokens, [tokens][columns]; seen: the same as `arrange` leaves them; sums: [rows][tokens], room
-// for SIDE times MOST. Nothing is read behind the last value.
-void rows_times(const Weight& weight, int64_t row, int rows, int kind, int isa, const float* x, const float* seen,
-                int64_t columns, int64_t pitch, int tokens, float* sums) {
-    const int64_t size = size_of(kind), bytes = (columns + 7) / 8, whole = columns / GROUP * GROUP;
-    Strip strips[SIDE];
-    std::vector<char> copies[SIDE];
+// Some rows of W side by side. Nothing is read behind the last value: those near it are copied.
+void set_up(const Weight& weight, int64_t row, int rows, int64_t columns, int64_t size, Strip* strips,
+            std::vector<char>* copies) {
+    const int64_t bytes = (columns + 7) / 8;
     for (int r = 0; r < rows; r++) {
         const int64_t at = row + r, next = at + rows < weight.rows ? at + rows : at;
         if (!weight.mask) {
@@ -333,6 +349,16 @@ void rows_times(const Weight& weight, int64_t row, int rows, int kind, int isa, 
         }
         strips[r] = {from, weight.mask + at * bytes, (weight.offsets[next] - begin) * size, (next - at) * bytes};
     }
+}
+
+// Rows of W times x. x: some tokens, [tokens][columns]; seen: the same as `arrange` leaves them; sums: [rows][tokens], room
+// for SIDE times MOST.
+void rows_times(const Weight& weight, int64_t row, int rows, int kind, int isa, const float* x, const float* seen,
+                int64_t columns, int64_t pitch, int tokens, float* sums) {
+    const int64_t bytes = (columns + 7) / 8, whole = columns / GROUP * GROUP;
+    Strip strips[SIDE];
+    std::vector<char> copies[SIDE];
+    set_up(weight, row, rows, columns, size_of(kind), strips, copies);
     const int64_t seen_bytes = weight.mask ? bytes : whole / 8;
     if (rows == beside(isa, tokens))
         (weight.mask ? rows_for<true> : rows_for<false>)(kind, isa, rows, tokens)(strips, seen, pitch, seen_bytes, tokens, sums);
@@ -349,12 +375,156 @@ void rows_times(const Weight& weight, int64_t row, int rows, int kind, int isa, 
         }
 }
 
+// Tokens of a tile, and the least that are worth one; rows that are multiplied together; pieces that are expanded before.
+constexpr int64_t ACROSS = 16, LEAST = 5, DOWN = 32, AHEAD = 4;
+
+#if TILES
+
+// x as tiles of AMX read it: [16 tokens at a time][piece][part][column / 2][token][column % 2], zeros for tokens and columns
+// that are not there. The parts add up to x; returns how many there are, 1 or 3.
+int tile(const float* x, std::vector<uint16_t>& found, int64_t tokens, int64_t columns, int threads) {
+    const int64_t pieces = (columns + PIECE - 1) / PIECE, groups = (tokens + ACROSS - 1) / ACROSS;
+    uint32_t low = 0;
+    for (int64_t i = 0; i < tokens * columns; i++) {
+        uint32_t word;
+        std::memcpy(&word, x + i, 4);
+        low |= word & 0xffff;
+    }
+    const int parts = low ? 3 : 1;
+    found.resize(groups * pieces * parts * PIECE * ACROSS);
+#pragma omp parallel for num_threads(threads)
+    for (int64_t at = 0; at < groups * pieces; at++) {
+        const int64_t piece = at % pieces * PIECE, first = at / pieces * ACROSS;
+        uint16_t* to = found.data() + at * parts * PIECE * ACROSS;
+        for (int64_t t = 0; t < ACROSS; t++)
+            for (int64_t c = 0; c < PIECE; c++) {
+                const bool here = first + t < tokens && piece + c < columns;
+                float rest = here ? x[(first + t) * columns + piece + c] : 0;
+                for (int part = 0; part < parts; part++) {
+                    uint32_t word;
+                    std::memcpy(&word, &rest, 4);
+                    if (rest != rest) word |= 0x400000;
+                    to[part * PIECE * ACROSS + c / 2 * 2 * ACROSS + t * 2 + c % 2] = (uint16_t)(word >> 16);
+                    word &= 0xffff0000;  // cut off, so that the rest is exact
+                    float taken;
+                    std::memcpy(&taken, &word, 4);
+                    rest = (word & 0x7f800000) == 0x7f800000 ? 0 : rest - taken;
+                }
+            }
+    }
+    return parts;
+}
+
+struct alignas(64) Layout {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16};
+};
+
+// DOWN rows, or fewer, times up to 16 tokens; seen: those, as `tile` leaves them. sums: [DOWN][ACROSS].
+template <bool MASKED>
+WITH_AMX void tiles_times(const Strip* strips, int rows, const uint16_t* seen, int parts, int64_t columns, float* sums) {
+    const int64_t pieces = (columns + PIECE - 1) / PIECE, bytes = (columns + 7) / 8;
+    // By turns: what is expanded now is multiplied beside what is expanded next, once it has left for the cache.
+    alignas(64) uint16_t dense[2][AHEAD][DOWN][PIECE];
+    if (rows < DOWN) std::memset(dense, 0, sizeof dense);
+    const uint16_t* values[DOWN];
+    for (int r = 0; r < rows; r++) values[r] = (const uint16_t*)strips[r].values;
+    static const Layout layout;
+    _tile_loadconfig(&layout);
+    _tile_zero(0);
+    _tile_zero(1);
+    for (int64_t begin = 0; begin < pieces + AHEAD; begin += AHEAD) {
+        const int now = begin / AHEAD % 2;
+        const int some = (int)(begin >= pieces ? 0 : pieces - begin < AHEAD ? pieces - begin : AHEAD);
+        for (int r = 0; r < DOWN; r++) {
+            if (some && r < rows) {
+                const uint16_t* from = values[r];
+                uint32_t masks[AHEAD] = {};
+                if (MASKED) {
+                    const int64_t left = bytes - begin * 4;
+                    std::memcpy(masks, strips[r].mask + begin * 4, left < (int64_t)sizeof masks ? left : (int64_t)sizeof masks);
+                }
+                _mm_prefetch((const char*)from + NEAR / 2, _MM_HINT_T1);
+                _mm_prefetch((const char*)from + NEAR / 2 + 64, _MM_HINT_T1);
+                for (int i = 0; i < some; i++) {
+                    const __m512i w = _mm512_loadu_si512(from);
+                    _mm512_store_si512(dense[now][i][r], MASKED ? _mm512_maskz_expand_epi16(masks[i], w) : w);
+                    from += MASKED ? _mm_popcnt_u32(masks[i]) : PIECE;
+                }
+                values[r] = from;
+            }
+            const int64_t piece = begin - AHEAD + r / (DOWN / AHEAD);
+            if (r % (DOWN / AHEAD) != DOWN / AHEAD - 1 || piece < 0 || piece >= pieces) continue;
+            _tile_loadd(2, dense[1 - now][piece % AHEAD][0], 64);
+            _tile_loadd(3, dense[1 - now][piece % AHEAD][16], 64);
+            for (int part = 0; part < parts; part++) {
+                _tile_loadd(4, seen + (piece * parts + part) * PIECE * ACROSS, 64);
+                _tile_dpbf16ps(0, 2, 4);
+                _tile_dpbf16ps(1, 3, 4);
+            }
+        }
+    }
+    _tile_stored(0, sums, 4 * ACROSS);
+    _tile_stored(1, sums + 16 * ACROSS, 4 * ACROSS);
+    _tile_release();
+}
+
+// As llmsqueeze_linears, x normed.
+void linears_by_tiles(const Weight* weights, int64_t count, const float* bias, const float* residual, const float* x, float* y,
+                      int64_t columns, int64_t tokens, int glu, int threads) {
+    std::vector<uint16_t> seen;
+    const int parts = tile(x, seen, tokens, columns, threads);
+    const int64_t span = (columns + PIECE - 1) / PIECE * parts * PIECE * ACROSS;
+    int64_t outputs = 0, turns = 0;
+    for (int64_t w = 0; w < (glu ? 1 : count); w++) {
+        outputs += weights[w].rows;
+        turns += (weights[w].rows + DOWN - 1) / DOWN;
+    }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t turn = 0; turn < turns; turn++) {
+        int64_t in = turn, before = 0;
+        const Weight* weight = weights;
+        for (int64_t some; in >= (some = (weight->rows + DOWN - 1) / DOWN); weight++) in -= some, before += weight->rows;
+        const int64_t row = in * DOWN;
+        const int rows = (int)(weight->rows - row < DOWN ? weight->rows - row : DOWN);
+        alignas(64) float sums[2][DOWN * ACROSS];
+        for (int64_t first = 0; first < tokens; first += ACROSS) {
+            for (int w = 0; w <= glu; w++) {
+                Strip strips[DOWN];
+                std::vector<char> copies[DOWN];
+                set_up(glu ? weights[w] : *weight, row, rows, columns, 2, strips, copies);
+                const uint16_t* tiles = seen.data() + first / ACROSS * span;
+                (weight->mask ? tiles_times<true> : tiles_times<false>)(strips, rows, tiles, parts, columns, sums[w]);
+            }
+            const int64_t some = tokens - first < ACROSS ? tokens - first : ACROSS;
+            for (int r = 0; r < rows; r++)
+                for (int64_t t = 0; t < some; t++) {
+                    const int64_t output = before + row + r, to = (first + t) * outputs + output;
+                    const float sum = sums[0][r * ACROSS + t];
+                    y[to] = glu ? sum / (1 + std::exp(-sum)) * sums[1][r * ACROSS + t]
+                                : sum + (bias ? bias[output] : 0) + (residual ? residual[to] : 0);
+                }
+        }
+    }
+}
+
+// Whether all are of a kind that tiles multiply: without a mask rows must end with a piece.
+bool by_tiles(const Weight* weights, int64_t count, int64_t columns, int64_t tokens, int kind, int isa) {
+    if (isa != AMX || kind != BF16 || tokens < LEAST) return false;
+    for (int64_t w = 0; w < count; w++)
+        if (weights[w].scale || (!weights[w].mask && columns % PIECE) || !weights[w].mask != !weights[0].mask) return false;
+    return true;
+}
+
+#endif
+
 }  // namespace
 
 extern "C" {
 
 // The best instruction set of this machine that there is code for: 0 portable, 1 AVX2 with FMA and F16C, 2 AVX-512
-// with VBMI2.
+// with VBMI2, 3 that and AMX.
 int llmsqueeze_isa() { return best_isa(); }
 
 // y = x Wᵀ + bias + residual for several W of one input, as if they were one: their outputs one after another; with glu,
@@ -365,9 +535,13 @@ void llmsqueeze_linears(const Weight* weights, int64_t count, const float* norm,
                         const float* residual, const float* x, float* y, int64_t columns, int64_t tokens, int kind,
                         int glu, int isa, int threads) {
     const int64_t pitch = (columns + GROUP - 1) / GROUP * GROUP;
-    const int together = isa == AVX512 ? MOST : MOST / 2;
+    const int together = isa >= AVX512 ? MOST : MOST / 2;
     const std::vector<float> normed = norm ? normalise(x, norm, epsilon, columns, tokens) : std::vector<float>();
     if (norm) x = normed.data();
+#if TILES
+    if (by_tiles(weights, count, columns, tokens, kind, isa))
+        return linears_by_tiles(weights, count, bias, residual, x, y, columns, tokens, glu, threads);
+#endif
     const Aligned seen(tokens * pitch);
     arrange(x, seen.data, tokens, columns, pitch, kind == BF16 && isa != PORTABLE);
     int64_t outputs = 0, turns = 0;

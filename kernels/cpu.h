@@ -17,10 +17,16 @@
 #endif
 
 #define WITH_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
+#if X86 && (__GNUC__ >= 11 || __clang_major__ >= 12)
+#define TILES 1
+#define WITH_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512vbmi2,avx2,fma,f16c,popcnt")))
+#else
+#define TILES 0
+#endif
 #define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx2,fma,f16c,popcnt")))
 
 enum Kind { BF16, FP16, FP32, INT8 };
-enum Isa { PORTABLE, AVX2, AVX512 };
+enum Isa { PORTABLE, AVX2, AVX512, AMX };  // AMX: AVX-512, and tiles of bf16
 
 constexpr int64_t MARGIN = 32;  // values that may be read behind the last of a row
 

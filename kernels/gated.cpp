@@ -264,7 +264,7 @@ WITH_AVX512 void masked_avx512(const void* const* from, const uint8_t* const* ma
 template <int KIND, int COUNT, int T>
 AddMasked masked_of(int isa) {
 #if X86
-    if (isa == AVX512) return masked_avx512<KIND, COUNT, T>;
+    if (isa >= AVX512) return masked_avx512<KIND, COUNT, T>;
     if (isa == AVX2) return masked_avx2<KIND, COUNT, T>;
 #else
     (void)isa;
@@ -287,7 +287,7 @@ AddMasked masked_for(int kind, int isa, bool many, int64_t tokens) {
 template <int KIND, int COUNT, int T>
 Add add_of(int isa) {
 #if X86
-    if (isa == AVX512) return add_avx512<KIND, COUNT, T>;
+    if (isa >= AVX512) return add_avx512<KIND, COUNT, T>;
     if (isa == AVX2) return add_avx2<KIND, COUNT, T>;
 #else
     (void)isa;
@@ -331,7 +331,7 @@ void llmsqueeze_gated_linear(const void* weight, int64_t stride, const float* th
     const int64_t count = (int64_t)kept.inputs.size(), size = size_of(kind);
     const int64_t each = (rows + threads - 1) / threads;
     const int64_t span = each >= SPAN ? SPAN : (each + PIECE - 1) / PIECE * PIECE;
-    const int64_t spans = (rows + span - 1) / span, piece = isa == AVX512 ? 32 : 16;
+    const int64_t spans = (rows + span - 1) / span, piece = isa >= AVX512 ? 32 : 16;
     const bool by_turns = kind == BF16 && isa != PORTABLE;
     const Add many = add_for(kind, isa, true, tokens), one = add_for(kind, isa, false, tokens);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)

@@ -19,13 +19,14 @@ from llmsqueeze.numerics import int8, kv_tiles
 from llmsqueeze.ops import layer
 
 # Instruction sets of the code in kernels.
-INSTRUCTIONS = ("portable", "AVX2", "AVX-512")
+INSTRUCTIONS = ("portable", "AVX2", "AVX-512", "AMX")
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
-# Up to so many rows of x meet the weights as they are; beyond, a panel of rows at a time is made dense. Fewer
-# where torch has AVX-512 too, and AMX for 16 bits: on two cores of a Xeon that has both, 4096 × 14336 in
-# bf16, panels took 17 ms for 8 rows and 18 for 16, weights as they are 11 and 22.
+# Up to so many rows of x meet the weights as they are; beyond, a panel of rows at a time is made dense. Other
+# numbers where torch has AVX-512 too, and AMX for 16 bits: on two cores of a Xeon that has both, 4096 × 14336
+# in bf16, panels took 17 ms for 8 rows and 18 for 16, weights as they are 11 and 22, by AMX 10 and 9.
 TOKENS = 16
 WIDE_TOKENS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 16}
+AMX_TOKENS = {**WIDE_TOKENS, torch.bfloat16: 32}
 # The same behind a gate: more rows would keep different inputs.
 GATED_TOKENS = 2
 
@@ -466,8 +467,10 @@ def _library() -> ctypes.CDLL:
 
 def _most(dtype: torch.dtype, isa: int | None) -> int:
     """Rows of x that kernels take; all that they can, if instructions are asked for."""
-    wide = isa is None and INSTRUCTIONS[_best(None)] == "AVX-512"
-    return WIDE_TOKENS.get(dtype, TOKENS) if wide else TOKENS
+    if isa is not None:
+        return TOKENS
+    most = {"AVX-512": WIDE_TOKENS, "AMX": AMX_TOKENS}.get(INSTRUCTIONS[_best(None)], {})
+    return most.get(dtype, TOKENS)
 
 
 def _best(isa: int | None) -> int:
