@@ -8,10 +8,12 @@ from typing import Any
 
 import yaml
 
+from llmsqueeze import untrusted
 from llmsqueeze.activation import ActivationRecord
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.kv_record import KvRecord
 from llmsqueeze.recipe import PruneRecipe
+from llmsqueeze.recipe_file import parse_yaml
 
 _LOAD = """```python
 import llmsqueeze  # teaches transformers this format: do not leave it out
@@ -138,17 +140,14 @@ def _front_matter(checkpoint: Checkpoint, source_name: str, tags: list[str]) -> 
 
 def _licence(readme: Path) -> dict[str, Any]:
     """The licence keys of the source's own card, if it has one."""
-    if not readme.is_file():
-        return {}
-    match = re.match(
-        r"---\n(.*?)\n---\n", readme.read_text(encoding="utf-8", errors="replace"), re.S
-    )
     try:
-        head = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        match = re.match(r"---\n(.*?)\n---\n", untrusted.read_text(readme), re.S)
+        head = parse_yaml(match[1]) if match else None
+    except (OSError, ValueError, yaml.YAMLError):
         return {}  # a card we cannot read says nothing that we could repeat
     keys = ("license", "license_name", "license_link")
-    return {key: head[key] for key in keys if key in head} if isinstance(head, dict) else {}
+    found = {key: head.get(key) for key in keys} if isinstance(head, dict) else {}
+    return {key: text for key, text in found.items() if isinstance(text, str)}
 
 
 def _short(source_name: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmsqueeze import untrusted
 from llmsqueeze.command import (
     CHECKPOINT_HELP,
     check_windows,
@@ -97,7 +98,7 @@ def compress(
     if (
         asked.manifest and "sites" in asked.raw
     ):  # as it was published, not only what recipe show prints
-        wanted = Manifest.from_json(asked.manifest.read_text(encoding="utf-8"))
+        wanted = Manifest.from_json(untrusted.read_text(asked.manifest, untrusted.LARGE))
     check_output(out, overwrite)
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)

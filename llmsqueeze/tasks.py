@@ -29,6 +29,7 @@ import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
+from llmsqueeze import untrusted
 from llmsqueeze.errors import DataError, LlmsqueezeError, RecipeError
 from llmsqueeze.harness import HarnessLM
 from llmsqueeze.recovery import key_of
@@ -37,6 +38,9 @@ from llmsqueeze.recovery import key_of
 SEED = 1234
 # Resamples for the standard error of metrics that have no formula for it.
 BOOTSTRAPS = 1000
+
+# Bytes of a file of items, which takes some ten times as much memory.
+MOST_ITEMS = 256 * 2**20
 
 # Perplexity per token is another thing, and called so: these names say what they count.
 _NAMES = {"word_perplexity": "word_ppl", "byte_perplexity": "byte_ppl"}
@@ -340,13 +344,13 @@ def _items_task(path: Path) -> dict[str, Any]:
 
 def _read_items(path: Path) -> list[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
-        lines = [line for line in text.splitlines() if line.strip()]
+        text = untrusted.read_text(path, MOST_ITEMS)
+        lines = [line for line in text.split("\n") if line.strip()]
         items = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
-    except OSError as error:
-        raise DataError(f"--tasks {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"--tasks {path}: not {path.suffix[1:]} in UTF-8 ({error})") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"--tasks {path} {untrusted.reason(error)}") from error
+    except RecursionError as error:
+        raise DataError(f"--tasks {path} is nested too deeply") from error
     if not isinstance(items, list) or not items:
         raise DataError(f"--tasks {path}: no list of items")
     for number, item in enumerate(items, start=1):
@@ -367,6 +371,7 @@ def _is_item(item: Any) -> bool:
         and isinstance(choices, list)
         and len(choices) > 1
         and all(isinstance(choice, str) and choice for choice in choices)
+        and all(map(untrusted.is_text, [query, *choices]))
         and isinstance(gold, int)
         and not isinstance(gold, bool)
         and 0 <= gold < len(choices)

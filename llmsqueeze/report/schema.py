@@ -69,6 +69,14 @@ _EVAL = _object(
         "tasks": _map(_OBJECT), **_CONDITIONS,
     },
 )  # fmt: skip
+# What is taken of one as a baseline: reports of older versions will do.
+BASELINE: Schema = _object(
+    {"checkpoint": _TEXT, "token_ppl": _EVAL["properties"]["token_ppl"]},
+    optional={
+        "tasks": _OBJECT, "size_bytes": _MAYBE_NUMBER, "bytes_per_token": _MAYBE_NUMBER,
+        "passkey": {**_object({"accuracy": _SHARE}), "type": ["object", "null"]},
+    },
+)  # fmt: skip
 _SPEED = _object({"ms_per_token": _NUMBER, "range": _list(_NUMBER), "bytes_per_token": _COUNT})
 _BENCH_MODEL = _object(
     {
