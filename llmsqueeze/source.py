@@ -108,7 +108,6 @@ def _converted_gguf(file: Path, name: str, cache: Path, note: Callable[[str], No
     """The checkpoint directory made of a .gguf, from the cache if it was converted before."""
     from llmsqueeze.shards import hash_file
 
-    _check_gguf(file)
     sha256 = hash_file(file)
     if file.name == DEMO_FILE and sha256 != DEMO_SHA256:
         raise CheckpointError(
@@ -117,6 +116,7 @@ def _converted_gguf(file: Path, name: str, cache: Path, note: Callable[[str], No
     target = cache / "gguf" / f"{sha256}-{GGUF_CONVERSION}"
     if (target / "config.json").is_file():
         return target
+    _check_gguf(file)
     note(f"converting {file.name} to safetensors, once (kept in {target.parent})")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
