@@ -59,6 +59,11 @@ def parse_yaml(text: str) -> Any:
     return _construct(_compose(text))
 
 
+def check_yaml(text: str) -> None:
+    """yaml.YAMLError or ValueError on what is no YAML, or too deep or large; tags may be any."""
+    _compose(text)
+
+
 def _compose(text: str) -> Any:
     """The document's node, None for an empty one; ValueError on one too large to be looked at."""
     import yaml

@@ -26,12 +26,14 @@ import evaluate as hf_evaluate
 import huggingface_hub
 import numpy as np
 import torch
+import yaml
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
 from llmsqueeze import untrusted
 from llmsqueeze.errors import DataError, LlmsqueezeError, RecipeError
 from llmsqueeze.harness import HarnessLM
+from llmsqueeze.recipe_file import check_yaml
 from llmsqueeze.recovery import key_of
 
 # lm-eval's own seed: few-shot examples are those that it would choose.
@@ -284,7 +286,11 @@ def _loaded(manager: TaskManager, spec: str, offline: bool, note: Callable[[str]
         path = Path(spec).expanduser()
         if not path.is_file():
             raise DataError(f"--tasks {spec}: no such file")
-        what = str(path) if path.suffix in (".yaml", ".yml") else _items_task(path)
+        if path.suffix in (".yaml", ".yml"):
+            _check_yaml(path)
+            what = str(path)
+        else:
+            what = _items_task(path)
     with _readable(spec, reachable=not offline), offline_mode(), _contained():
         return manager.load([what])
     note(f"fetching the data of {spec} from the Hugging Face hub")
@@ -313,6 +319,14 @@ def _readable(spec: str, *, reachable: bool = False) -> Iterator[None]:
     # lm-eval raises many kinds; all mean that a task is not what it says.
     except Exception as error:
         raise DataError(f"--tasks {spec}: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _check_yaml(path: Path) -> None:
+    """DataError on one that lm-eval would not come to an end with."""
+    try:
+        check_yaml(untrusted.read_text(path))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"--tasks {path}: not YAML ({untrusted.reason(error)})") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -30,6 +30,7 @@ from llmsqueeze.ops import cuda
 from llmsqueeze.recipe_file import parse_yaml, read_recipe
 from llmsqueeze.shards import MOST_HEADER, entry_name
 from llmsqueeze.task_cache import TaskCache
+from tests.test_report import model_result
 from tests.test_source import tiny_gguf
 
 Tiny = Callable[..., Path]
@@ -618,6 +619,25 @@ def test_baselines(cli: Cli, tiny: Tiny, tmp_path: Path, change: dict[str, Any])
     file = tmp_path / "a.json"
     file.write_text(json.dumps({"checkpoint": "a", "token_ppl": 20.0, **change}))
     assert "a.json" in one_line(cli("eval", tiny(), "--baseline", file, "-q"), 3)
+
+
+@pytest.mark.parametrize(
+    "change", [{"speedup": 0}, {"bound": 0}, {"bound": -1.0}, {"speedup": 1e300},
+               {"dense": {"ms_per_token": 0, "range": [], "bytes_per_token": 1}}],
+)  # fmt: skip
+def test_results_that_no_measurement_has(cli: Cli, tmp_path: Path, change: dict[str, Any]) -> None:
+    """Found by tests.fuzz: what is divided by, or drawn on a scale of powers of ten."""
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({**model_result(), **change}))
+    assert "a.json" in one_line(cli("report", file, "-o", tmp_path / "r"), 3)
+
+
+@pytest.mark.parametrize("command", [["prune"], {}, None, 1])
+def test_steps_without_a_command(cli: Cli, tmp_path: Path, command: Any) -> None:
+    """Found by tests.fuzz: a list in its place."""
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"format_version": 1, "steps": [{"command": command}]}))
+    assert "is no step" in one_line(cli("recipe", "validate", file), 2)
 
 
 # GGUF.

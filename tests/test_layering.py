@@ -109,7 +109,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "subject",
         "errors",
     ),
-    "tasks": ("harness", "recovery", "untrusted", "errors"),
+    "tasks": ("harness", "recipe_file", "recovery", "untrusted", "errors"),
     "task_cache": ("shards", "untrusted", "errors", "__version__"),
     "dense_gemv": (),
     "doctor": ("numerics", "ops", "errors"),

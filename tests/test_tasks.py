@@ -636,11 +636,12 @@ def test_offline_means_offline(
     "name, content, said",
     [
         ("a.json", "[]", "no list of items"),
-        ("a.json", "{", "not json"),
+        ("a.json", "{", "not JSON"), ("a.json", "[" * 100_000, "too deep"),
+        ("a.jsonl", '{"query": "\\ud800", "choices": ["a", "b"], "gold": 0}', "item 1"),
         ("a.jsonl", '{"query": "x", "choices": ["a"], "gold": 0}', "item 1"),
         ("a.jsonl", '{"query": "x", "choices": ["a", "b"], "gold": 2}', "item 1"),
         ("a.jsonl", '{"query": "x", "choices": ["a", "b"], "gold": true}', "item 1"),
-        ("a.yaml", "{{{{", "a.yaml"),
+        ("a.yaml", "{{{{", "a.yaml"), ("a.yaml", "[" * 5000, "too deep"), ("a.yaml", "a: &a [*a]", "aliases"),
         ("a.yaml", "this: nothing", "a.yaml"),
         ("a.yaml", f"task: a\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {__file__}}}}}\n"
          f"test_split: test\n{GENERATE}", "a.yaml"),
