@@ -37,6 +37,8 @@ _SIZES = (
     "key_length", "value_length", "dimension_count", "vocab_size", "expert_count",
 )  # fmt: skip
 
+_NEEDED = ("block_count", "embedding_length", "feed_forward_length", "attention.head_count")
+
 Value = int | float | bool | str | list[int | float | bool]
 
 
@@ -101,8 +103,11 @@ def _format(kind: int) -> str:
     return _SCALARS[kind]
 
 
-def tensors(path: Path) -> dict[str, Stored]:
-    """Every tensor by name; ValueError on a header that lies, or tensors that overlap or are not there."""
+def read(path: Path) -> tuple[dict[str, Value], dict[str, Stored]]:
+    """Metadata and tensors by name; ValueError on a header that lies, or tensors that overlap or are missing.
+
+    Of a text, its characters; of an array, its first numbers; of an array of texts, nothing.
+    """
     if untrusted.check_file(path) < 24:
         raise ValueError("is cut short")
     with (
@@ -110,12 +115,12 @@ def tensors(path: Path) -> dict[str, Stored]:
         mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
     ):
         try:
-            return _tensors(_Walk(data))
+            return _read(_Walk(data))
         except UnicodeDecodeError as error:
             raise ValueError("has a name or text that is not UTF-8") from error
 
 
-def _tensors(walk: _Walk) -> dict[str, Stored]:
+def _read(walk: _Walk) -> tuple[dict[str, Value], dict[str, Stored]]:
     if walk.data[walk.take(4) : 4] != b"GGUF":
         raise ValueError("does not begin like a GGUF file")
     version = walk.number("I")
@@ -138,7 +143,7 @@ def _tensors(walk: _Walk) -> dict[str, Stored]:
         stored[name] = _stored(walk, name)
     _check_places(walk, stored)
     _check_sizes(walk.found, stored)
-    return stored
+    return walk.found, stored
 
 
 def _stored(walk: _Walk, name: str) -> Stored:
@@ -175,6 +180,18 @@ def _check_places(walk: _Walk, stored: dict[str, Stored]) -> None:
         last = tensor.end
         if last > len(walk.data) - begin:
             raise ValueError(f"is cut short: tensor {name!r} ends behind it")
+
+
+def check_model(found: dict[str, Value], stored: dict[str, Stored]) -> None:
+    """ValueError where the library would take a size of its own, or leave out some of the blocks."""
+    model = found.get("general.architecture")
+    for name in _NEEDED:
+        if f"{model}.{name}" not in found:
+            raise ValueError(f"says nothing of {model}.{name}")
+    blocks = {name.split(".")[1] for name in stored if name.startswith("blk.")}
+    count = found[f"{model}.block_count"]
+    if count != len(blocks):
+        raise ValueError(f"says {model}.block_count is {count!r}, and has {len(blocks)}")
 
 
 def _check_sizes(found: dict[str, Value], stored: dict[str, Stored]) -> None:

@@ -150,8 +150,13 @@ def _convert_gguf(file: Path, name: str, out: Path) -> None:
         (Path(alone) / "model.gguf").symlink_to(file.resolve())
         only: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
         try:
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                alone, dtype=getattr(torch, dtype), trust_remote_code=False, **only
+            model: Any
+            model, info = AutoModelForCausalLM.from_pretrained(
+                alone,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=False,
+                output_loading_info=True,
+                **only,
             )
             tokenizer = AutoTokenizer.from_pretrained(alone, trust_remote_code=False, **only)
         except BaseException as error:  # transformers raises many kinds; all mean it cannot read it
@@ -159,6 +164,9 @@ def _convert_gguf(file: Path, name: str, out: Path) -> None:
                 raise
             why = first_line(error)
             raise CheckpointError(f"{file}: transformers cannot convert it ({why})") from error
+    # What it does not find it fills with random numbers.
+    for name in sorted(map(str, info["missing_keys"])):
+        raise CheckpointError(f"{file}: has no weights for {name}")
     writer = ShardWriter(out)
     tied = model.all_tied_weights_keys
     for parameter_name, tensor in model.state_dict().items():
@@ -176,10 +184,10 @@ def _convert_gguf(file: Path, name: str, out: Path) -> None:
 
 
 def _check_gguf(file: Path) -> None:
-    from llmsqueeze.gguf_header import tensors
+    from llmsqueeze.gguf_header import check_model, read
 
     try:
-        tensors(file)
+        check_model(*read(file))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} {reason(error)}") from error
 
@@ -191,9 +199,10 @@ def _gguf_dtype(file: Path) -> str:
     """
     from gguf import GGMLQuantizationType
 
-    from llmsqueeze.gguf_header import tensors
+    from llmsqueeze.gguf_header import read
 
-    found = {t.kind for t in tensors(file).values() if len(t.extents) == 2}
+    _, stored = read(file)
+    found = {tensor.kind for tensor in stored.values() if len(tensor.extents) == 2}
     kinds = {GGMLQuantizationType(kind).name for kind in found}
     return {frozenset({"F32"}): "float32", frozenset({"F16"}): "float16"}.get(
         frozenset(kinds), "bfloat16"

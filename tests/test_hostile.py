@@ -25,7 +25,8 @@ from llmsqueeze import data, runtime, source, untrusted
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.console import LONGEST
 from llmsqueeze.errors import CheckpointError, DataError, RecipeError
-from llmsqueeze.gguf_header import tensors as gguf_tensors
+from llmsqueeze.gguf_header import check_model
+from llmsqueeze.gguf_header import read as read_gguf
 from llmsqueeze.ops import cuda
 from llmsqueeze.recipe_file import parse_yaml, read_recipe
 from llmsqueeze.shards import MOST_HEADER, entry_name
@@ -680,7 +681,7 @@ def test_gguf_headers(cli: Cli, tmp_path: Path, name: str) -> None:
     file = tmp_path / "a.gguf"
     file.write_bytes(HEADERS[name])
     with pytest.raises(ValueError):
-        gguf_tensors(file)
+        read_gguf(file)
     assert "a.gguf" in one_line(cli("inspect", file, "--cache-dir", tmp_path / "c", "-q"), 3)
     assert not (tmp_path / "c").exists()
 
@@ -689,15 +690,31 @@ def test_gguf_of_the_other_byte_order_and_of_every_length(tmp_path: Path) -> Non
     file = tmp_path / "a.gguf"
     tiny_gguf(file)
     whole = file.read_bytes()
-    found = gguf_tensors(file)
+    _, found = read_gguf(file)
     assert len(found) == 20 and found["output_norm.weight"].extents == (32,)
     for size in range(0, len(whole) - 1, 997):
         file.write_bytes(whole[:size])
         with pytest.raises(ValueError):
-            gguf_tensors(file)
+            read_gguf(file)
     swapped = b"GGUF" + struct.pack(">IQQ", 3, 1, 0) + struct.pack(">Q", 1) + b"a"
     file.write_bytes(swapped + struct.pack(">IQIQ", 1, 4, 0, 0) + bytes(64))
-    assert gguf_tensors(file)["a"].extents == (4,)
+    assert read_gguf(file)[1]["a"].extents == (4,)
+
+
+@pytest.mark.parametrize(
+    "name", [b"llama.block_count", b"blk.1.ffn_up.weight", b"blk.0.", b"output_norm"]
+)
+def test_gguf_models_are_whole(cli: Cli, tmp_path: Path, name: bytes) -> None:
+    """Found by tests.fuzz: what is not said is the library's own, and weights that are not there are random."""
+    file = tmp_path / "a.gguf"
+    tiny_gguf(file)
+    content = file.read_bytes()
+    assert name in content
+    file.write_bytes(content.replace(name, name.replace(b"l", b"x").replace(b"n", b"x")))
+    assert "a.gguf" in one_line(cli("inspect", file, "--cache-dir", tmp_path / "c", "-q"), 3)
+    if name == b"llama.block_count":
+        with pytest.raises(ValueError, match="says nothing of"):
+            check_model(*read_gguf(file))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -29,6 +29,7 @@ from llmsqueeze import (
     conditions,
     data,
     eval_command,
+    gguf_header,
     recovery,
     source,
     step_recipes,
@@ -36,7 +37,6 @@ from llmsqueeze import (
 from llmsqueeze.checkpoint import Checkpoint, read_config
 from llmsqueeze.encodings import ENCODINGS
 from llmsqueeze.errors import CheckpointError, LlmsqueezeError
-from llmsqueeze.gguf_header import tensors as gguf_tensors
 from llmsqueeze.ops import cuda
 from llmsqueeze.policy import Policy
 from llmsqueeze.recipe_file import read_recipe
@@ -86,12 +86,12 @@ class Target:
 
 # Of the inputs of a run, in proportion to those of others: fewer where one takes long.
 SHARES = {
-    "safetensors": 3, "index": 2, "gguf": 1.5, "gguf, converted": 0.003, "config.json": 2,
-    "config.json, opened": 0.05, "llmsqueeze.json": 0.2, "llmsqueeze.json, opened": 0.04, "encodings": 2,
+    "safetensors": 3, "index": 2, "gguf": 1.5, "gguf, converted": 0.004, "config.json": 4,
+    "config.json, opened": 0.05, "llmsqueeze.json": 0.2, "llmsqueeze.json, opened": 0.04, "encodings": 4,
     "tokenizer": 0.08, "generation_config.json": 0.5, "model card": 0.5, "recipe, YAML": 0.1,
-    "recipe, JSON": 0.3, "recipe of a manifest": 0.1, "--set": 1, "options": 4, "calibration text": 4,
+    "recipe, JSON": 0.3, "recipe of a manifest": 0.1, "--set": 1, "options": 12, "calibration text": 6,
     "items of tasks": 3, "result for report": 0.4, "baseline": 1.5, "scores of the dense model": 0.05,
-    "compiled kernels": 2,
+    "compiled kernels": 4,
 }  # fmt: skip
 
 
@@ -186,19 +186,19 @@ def _files(made: _Made) -> dict[str, Target]:
     def read_gguf(content: bytes) -> None:
         gguf.write_bytes(content)
         try:
-            found = gguf_tensors(gguf)
+            _, found = gguf_header.read(gguf)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
         assert sum(tensor.end - tensor.start for tensor in found.values()) <= len(content)
 
-    end = len(whole_gguf) - max(tensor.end for tensor in gguf_tensors(made.gguf).values())
+    end = len(whole_gguf) - max(tensor.end for tensor in gguf_header.read(made.gguf)[1].values())
 
     def make_convertible(rng: random.Random) -> bytes:
         while True:  # that the walk lets through
             changed = mutate_bytes(rng, whole_gguf, end if rng.random() < 0.8 else 400)
             gguf.write_bytes(changed)
             try:
-                gguf_tensors(gguf)
+                gguf_header.check_model(*gguf_header.read(gguf))
             except ValueError:
                 continue
             return changed
