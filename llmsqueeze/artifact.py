@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -24,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from llmsqueeze import __version__
+from llmsqueeze import __version__, untrusted
 from llmsqueeze.activation import ActivationRecord, GateRecord, side_tensors
 from llmsqueeze.encodings import ENCODINGS, smallest
 from llmsqueeze.errors import CheckpointError, RecipeError, ResourceError
@@ -101,9 +102,9 @@ class Manifest:
     def from_json(cls, text: str) -> Manifest:
         """Strict inverse of to_json; CheckpointError on anything it does not recognise."""
         try:
-            raw = json.loads(text)
+            raw = untrusted.parse_json(text)
             version = raw["format_version"]
-            if not isinstance(version, int) or version < 1:
+            if type(version) is not int or version < 1:
                 raise ValueError(f"format_version is {version!r}")
             if version > FORMAT_VERSION:
                 raise CheckpointError(
@@ -118,18 +119,75 @@ class Manifest:
                 raw["kv_cache"] = KvRecord.from_raw(raw["kv_cache"])
             manifest = _strict(cls, raw)
             manifest._validate()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{MANIFEST_NAME}: not a valid manifest ({error})") from error
         return manifest
 
     def _validate(self) -> None:
-        if self.format not in FORMATS or not isinstance(self.steps, list):
-            raise ValueError("format or steps")
+        if self.format not in FORMATS or not isinstance(self.tool_version, str):
+            raise ValueError("format or tool_version")
+        if not (_is_count(self.bytes_before) and _is_count(self.bytes_after)):
+            raise ValueError("bytes_before or bytes_after")
+        if not isinstance(self.steps, list) or not all(map(_is_step, self.steps)):
+            raise ValueError("steps")
         for name, site in self.sites.items():
-            if site.encoding not in (*ENCODINGS, "dense") or len(site.shape) != 2:
+            if not _is_site(site):
                 raise ValueError(f"site {name}")
-            if not all(isinstance(n, int) and n > 0 for n in site.shape):
-                raise ValueError(f"site {name}")
+        files = {**self.shards}
+        if self.activation:
+            files[SIDE_NAME] = self.activation.file
+        if self.kv_cache and self.kv_cache.file:
+            files[KV_NAME] = self.kv_cache.file
+        for name, file in files.items():
+            hashes = (file.sha256, file.header_sha256)
+            if not _is_count(file.bytes) or not all(isinstance(text, str) for text in hashes):
+                raise ValueError(f"shard {name}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+_DTYPES = ("float32", "float16", "bfloat16")
+
+
+def _is_site(site: SiteRecord) -> bool:
+    if len(site.shape) != 2 or not all(_is_count(n) and n > 0 for n in site.shape):
+        return False
+    figures = site.report.values() if isinstance(site.report, dict) else [None]
+    return (
+        site.encoding in (*ENCODINGS, "dense")
+        and site.dtype in _DTYPES
+        and all(map(_is_count, (site.nonzeros, site.bytes_before, site.bytes_after)))
+        and site.nonzeros <= math.prod(site.shape)
+        and all(type(figure) in (int, float) and math.isfinite(figure) for figure in figures)
+    )
+
+
+_NUMBER = (int, float)
+# What is told of steps, by their command: paths, and types of what is there.
+_STEPS: dict[str, dict[str, Any]] = {
+    "prune": {"recipe.method": str, "recipe.target.pattern": str, "sparsity": _NUMBER},
+    "encode": {"recipe.to": str},
+    "sparsify": {"recipe.sparsity": _NUMBER, "recipe.prefill": str},
+    "quantize-kv": {"recipe.method": str, "recipe.bits": int},
+}
+
+
+def _is_step(step: Any) -> bool:
+    command = _at(step, "command")
+    if not isinstance(command, str):
+        return False
+    told = {"source.name": str, "recipe": dict, **_STEPS.get(command, {})}
+    if _at(step, "recipe.target.pattern") == "tile":
+        told["recipe.target.tile"] = int
+    return all(isinstance(_at(step, path), kind) for path, kind in told.items())
+
+
+def _at(value: Any, path: str) -> Any:
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
 
 
 _Record = TypeVar("_Record", SiteRecord, ShardRecord, Manifest)
@@ -153,14 +211,14 @@ def read_manifest(directory: Path, config: dict[str, Any]) -> Manifest | None:
         if ours:
             raise CheckpointError(f"{path}: missing; without it the weights cannot be decoded")
         return None
-    data = path.read_bytes()
     try:
-        manifest = Manifest.from_json(data.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: not UTF-8 text") from error
+        text = untrusted.read_text(path, untrusted.LARGE)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} {untrusted.reason(error)}") from error
+    manifest = Manifest.from_json(text)
     if (manifest.format == "llmsqueeze") != ours:
         raise CheckpointError(f"{path} says format {manifest.format!r}; config.json disagrees")
-    if ours and (quantization or {}).get("manifest_sha256") != hashlib.sha256(data).hexdigest():
+    if ours and (quantization or {}).get("manifest_sha256") != _sha256(text):
         raise CheckpointError(f"{path} was changed after config.json was written")
     files = {file.name: file for file in list_shards(directory)}
     if set(files) != set(manifest.shards):
@@ -416,6 +474,20 @@ def _sha256(text: str) -> str:
 
 
 def assets(source: Path) -> Iterator[Path]:
-    """Tokenizer and other side files of a checkpoint directory."""
+    """Tokenizer and other side files of a checkpoint directory.
+
+    CheckpointError on a link that leads elsewhere: a stranger's LICENSE would put any file of this machine
+    into what is made, and published. In the hub's cache links lead to the blobs of the same repository.
+    """
     found = {path for pattern in ASSET_PATTERNS for path in source.glob(pattern) if path.is_file()}
+    inside = source.resolve()
+    homes = (
+        (inside, inside.parent.parent / "blobs") if inside.parent.name == "snapshots" else (inside,)
+    )
+    for path in found:
+        if path.is_symlink() and not any(home in path.resolve().parents for home in homes):
+            raise CheckpointError(
+                f"{path} is a link to {path.resolve()}, outside of the checkpoint; put a copy there if it "
+                "belongs to it"
+            )
     return iter(sorted(found))

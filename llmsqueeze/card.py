@@ -12,10 +12,12 @@ from typing import Any
 
 import yaml
 
+from llmsqueeze import untrusted
 from llmsqueeze.activation import ActivationRecord
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.kv_record import KvRecord
 from llmsqueeze.recipe import PruneRecipe
+from llmsqueeze.recipe_file import parse_yaml
 from llmsqueeze.source import DEMO_CARD, DEMO_NAME
 
 # What a card says of the weights whatever was done to them, under the hub's own names.
@@ -156,8 +158,8 @@ def read_front_matter(card: str) -> dict[str, Any]:
     """The metadata of a card; none of one that has none, or that cannot be read."""
     match = re.match(r"---\r?\n(.*?)\r?\n---\r?\n", card, re.S)
     try:
-        head = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        head = parse_yaml(match[1]) if match else None
+    except (ValueError, yaml.YAMLError):
         return {}  # a card we cannot read says nothing that we could repeat
     return head if isinstance(head, dict) else {}
 
@@ -174,10 +176,11 @@ def _whole(checkpoint: Checkpoint, source_name: str, tags: list[str], body: str)
 
 def _origin(checkpoint: Checkpoint, source_name: str) -> dict[str, Any]:
     """Base model, licence and language, as far as they are known."""
-    readme = checkpoint.path / "README.md"
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    before = read_front_matter(text)
-    known = {key: before[key] for key in INHERITED if key in before}
+    try:
+        before = read_front_matter(untrusted.read_text(checkpoint.path / "README.md"))
+    except (OSError, ValueError):
+        before = {}  # a card we cannot read says nothing that we could repeat
+    known = {key: before[key] for key in INHERITED if _is_text(before.get(key))}
     if source_name == DEMO_NAME:
         return known | DEMO_CARD
     if re.fullmatch(r"[\w.-]+/[\w.-]+", source_name) and not Path(source_name).exists():
@@ -185,6 +188,12 @@ def _origin(checkpoint: Checkpoint, source_name: str) -> dict[str, Any]:
     if checkpoint.manifest and before.get("base_model"):
         return known | base_model(str(before["base_model"]))
     return known
+
+
+def _is_text(value: Any) -> bool:
+    """A string, or a list of them: several languages."""
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(one, str) for one in values)
 
 
 def base_model(name: str) -> dict[str, str]:

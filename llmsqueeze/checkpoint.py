@@ -6,9 +6,9 @@ once with the right shape and nothing is left over.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.initialization import no_init_weights
 
+from llmsqueeze import untrusted
 from llmsqueeze.activation import ActivationRecord, read_side_tensors, side_tensors
 from llmsqueeze.architectures import family_of
 from llmsqueeze.artifact import (
@@ -46,6 +47,13 @@ from llmsqueeze.shards import (
     read_headers,
 )
 
+# What config.json may choose attention by. Other names are of packages, or of code that transformers fetches.
+_ATTENTIONS = (None, "eager", "sdpa", "flex_attention")
+_ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+# transformers makes a list of as many labels.
+_MOST_LABELS = 2**16
+# Rotary tables and the like, which are not stored: a model has some kilobytes of them.
+_MOST_TABLES = 64 * 2**20
 _WEIGHT_DTYPES = ("F32", "F16", "BF16")
 # Buffers that old exporters saved and current models compute themselves.
 _OBSOLETE = (r"rotary_emb\.inv_freq$", r"\.attention\.(masked_)?bias$")
@@ -74,6 +82,7 @@ class Checkpoint:
         """Raises CheckpointError with one line for everything that is wrong with `path`."""
         self.path = path
         self.config = read_config(path)
+        _check_config(path, self.config)
         family = family_of(self.config)
         self.blocks_path = family.blocks
         self.residuals = family.residuals
@@ -87,15 +96,27 @@ class Checkpoint:
         self.manifest: Manifest | None = read_manifest(path, self.config)
         stored = read_headers(path)
         self._check_depth(len(stored))
-        self.model = self.build(None)
+        # First without a byte of memory: until they are matched, sizes are what a stranger says.
+        self.model = self._build(None, torch.device("meta"))
         self.sources: dict[str, Source] = self._match(stored)
+        tables = sum(buffer.nbytes for buffer in self.model.buffers())
+        if tables > _MOST_TABLES:
+            raise CheckpointError(
+                f"{path / 'config.json'}: its model has {tables:,} bytes of tables beside the weights"
+            )
+        self.model = self.build(None)
+        self._check_sites()
         self._check_gates()
+        self._check_kv_cache()
 
     def build(self, dtype: torch.dtype | None) -> Any:
         """A causal language model with parameters on the meta device and real buffers.
 
         dtype: of the computation; some families round constants (Gemma's embedding scale) to it.
         """
+        return self._build(dtype, init_empty_weights(include_buffers=False))
+
+    def _build(self, dtype: torch.dtype | None, emptied: AbstractContextManager[Any]) -> Any:
         # Whatever transformers raises here, it raises because of what config.json says.
         try:
             config = AutoConfig.from_pretrained(
@@ -104,7 +125,7 @@ class Checkpoint:
             if hasattr(config, "quantization_config"):
                 del config.quantization_config
             # Random initial values would be thrown away, and take longer than everything else here.
-            with no_init_weights(), init_empty_weights(include_buffers=False):
+            with no_init_weights(), emptied:
                 model = AutoModelForCausalLM.from_config(
                     config, trust_remote_code=False, **({"dtype": dtype} if dtype else {})
                 )
@@ -151,6 +172,15 @@ class Checkpoint:
             for name, module in block.named_modules()
             if isinstance(module, nn.Linear)
         }
+
+    def cache_shape(self, layer: int) -> tuple[int, int]:
+        """Key-value heads and their width, as the attention module has them: configs carry unused ones."""
+        config = self.model.config.get_text_config(decoder=True)
+        attention: Any = next(m for m in self.blocks[layer].modules() if hasattr(m, "scaling"))
+        groups = getattr(attention, "num_key_value_groups", 1)
+        width = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
+        queries = config.num_attention_heads
+        return queries // groups, width or config.hidden_size // queries
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Parameters on the CPU in the dtype they are stored in, compressed sites decoded.
@@ -277,6 +307,23 @@ class Checkpoint:
         """The tensors of a calibrated KV cache on the CPU; CheckpointError on values that cannot be."""
         assert self.kv_cache is not None
         return read_kv_tensors(kv_tensors(self.path, self.kv_cache))
+
+    def _check_sites(self) -> None:
+        for name in self.manifest.sites if self.manifest else ():
+            if f"{name}.weight" not in self.sources:
+                raise CheckpointError(f"{self.path}: {name} of {MANIFEST_NAME} is not in the model")
+
+    def _check_kv_cache(self) -> None:
+        record = self.kv_cache
+        if record is None:
+            return
+        heads, width = self.cache_shape(0)
+        if max(record.layers) >= self.block_count or (record.heads, record.width) != (heads, width):
+            raise CheckpointError(
+                f"{self.path}: {MANIFEST_NAME} quantises {record.heads} key-value heads of {record.width} up "
+                f"to layer {max(record.layers)}; the model has {self.block_count} layers, {heads} heads of "
+                f"{width}"
+            )
 
     def _check_gates(self) -> None:
         if self.activation is None:
@@ -410,14 +457,40 @@ def read_config(path: Path) -> dict[str, Any]:
     """config.json as a dictionary."""
     file = path / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = untrusted.read_json(file, twice=True)  # as transformers, which reads it again
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no config.json, so this is not a checkpoint") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not readable JSON ({type(error).__name__})") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} {untrusted.reason(error)}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: not a JSON object")
     return config
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    """CheckpointError on what would let transformers run other code, read other weights or never end."""
+    file = path / "config.json"
+    for key in _ATTENTION_KEYS:
+        if config.get(key) not in _ATTENTIONS:
+            raise CheckpointError(
+                f"{file}: {key} is {config[key]!r}, for which transformers may fetch and run code; take the "
+                "key out"
+            )
+    if "transformers_weights" in config:
+        raise CheckpointError(f"{file} names its weights by transformers_weights; take the key out")
+    if (path / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{path}: has an adapter (adapter_config.json), which changes the weights; merge it first, or "
+            "move it away"
+        )
+    for key in ("num_labels", "_num_labels"):
+        if not 0 <= _whole(config.get(key, 0)) <= _MOST_LABELS:
+            raise CheckpointError(f"{file}: {key} is {config[key]!r}")
+
+
+def _whole(value: Any) -> int:
+    """-1 for what is no whole number."""
+    return value if type(value) is int else -1
 
 
 def place(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
@@ -50,6 +51,9 @@ if TYPE_CHECKING:
 def main() -> NoReturn:
     """Entry point. Exit codes: see README; 1 is left to failed gates."""
     signal.signal(signal.SIGTERM, end)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of files may be no UTF-8. What stands for such bytes then is what JSON has for it.
+        sys.stdout.reconfigure(errors="backslashreplace")
     json_wanted = "--json" in sys.argv or os.environ.get("LLMSQUEEZE_JSON", "0") not in ("", "0")
     try:
         cli.main(prog_name=PROGRAM, standalone_mode=False)
@@ -102,9 +106,10 @@ def inspect(
     console: Console, checkpoint: str, verify: bool, offline: bool, cache_dir: Path
 ) -> None:
     from rich.table import Table
+    from rich.text import Text
 
     from llmsqueeze import artifact
-    from llmsqueeze.console import facts, size
+    from llmsqueeze.console import facts, shown, size
     from llmsqueeze.errors import CheckpointError
     from llmsqueeze.report.text import step_line
 
@@ -147,7 +152,7 @@ def inspect(
             rows["kv cache"] = f"{manifest.kv_cache}, {len(manifest.kv_cache.layers)} layers"
         for site, record in manifest.sites.items():
             table.add_row(
-                site,
+                Text(shown(site)),
                 f"{record.shape[0]} × {record.shape[1]}",
                 f"{record.sparsity:.1%}",
                 record.encoding,

@@ -17,7 +17,7 @@ import transformers
 from torch import Tensor
 
 from llmsqueeze import __version__, card, plan
-from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
+from llmsqueeze.artifact import ArtifactWriter, Manifest, assets, check_output
 from llmsqueeze.blocks import BEGINNING, Boundary
 from llmsqueeze.calibrate import Site, walk
 from llmsqueeze.checkpoint import Checkpoint
@@ -433,9 +433,10 @@ def store_block(
 
 
 def check_not_inside(out: Path, source: Path) -> None:
-    """RecipeError when `out` is the source directory or lies in it."""
+    """RecipeError when `out` is the source directory or lies in it; CheckpointError if assets are not."""
     if out.resolve() == source.resolve() or source.resolve() in out.resolve().parents:
         raise RecipeError(f"{out} lies in the source checkpoint; choose another -o")
+    assets(source)
 
 
 def peak_rss_bytes() -> int:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmsqueeze import untrusted
 from llmsqueeze.command import (
     CHECKPOINT_HELP,
     RESUME_HELP,
@@ -106,7 +107,7 @@ def compress(
     if (
         asked.manifest and "sites" in asked.raw
     ):  # as it was published, not only what recipe show prints
-        wanted = Manifest.from_json(asked.manifest.read_text(encoding="utf-8"))
+        wanted = Manifest.from_json(untrusted.read_text(asked.manifest, untrusted.LARGE))
     check_free(out, overwrite)
     return_freed()
     where = choose_device(device)

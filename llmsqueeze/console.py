@@ -20,8 +20,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from llmsqueeze.units import size as size
+
+# Characters of a message.
+LONGEST = 2000
 
 
 class Console:
@@ -37,7 +41,7 @@ class Console:
     def note(self, message: str) -> None:
         """One line about what is happening."""
         if not self.quiet:
-            self._err.print(message, markup=False)
+            self._err.print(shown(message), markup=False)
 
     def urgent(self, message: str) -> None:
         """A note from a signal handler, which may have interrupted another in the middle."""
@@ -46,15 +50,15 @@ class Console:
 
     def error(self, message: str, exit_code: int) -> None:
         """One line about what went wrong; with --json also the document that stdout owes."""
-        line = " ".join(message.split())
-        self._err.print(f"[bold red]error:[/bold red] {_escape(line)}")
+        line = shown(" ".join(message.split()))
+        self._err.print(Text.assemble(("error:", "bold red"), " ", line))
         self._annotate(line)
         if self.json:
             print(json.dumps({"error": line, "exit_code": exit_code}))
 
     def failed(self, message: str) -> None:
         """One line about a condition that a result does not meet; the result itself is out already."""
-        self._err.print(f"[bold red]failed:[/bold red] {_escape(message)}")
+        self._err.print(Text.assemble(("failed:", "bold red"), " ", shown(message)))
         self._annotate(message)
 
     def _annotate(self, message: str) -> None:
@@ -117,11 +121,16 @@ class Console:
 
 def facts(title: str, rows: dict[str, str]) -> Table:
     """A two-column table of named facts."""
-    table = Table(title=title, show_header=False, title_justify="left")
+    table = Table(title=Text(shown(title)), show_header=False, title_justify="left")
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(Text(shown(name)), Text(shown(value)))
     return table
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", "\\[")
+def shown(text: str) -> str:
+    """As a terminal may have it: names in damaged files are long, and hold what moves cursors."""
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )

@@ -7,6 +7,7 @@ seed, joined and cut. The bundled texts are cut by register and shuffled by the 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.resources
 import json
@@ -19,10 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmsqueeze import untrusted
 from llmsqueeze.errors import CheckpointError, DataError, EnvironmentFault
 
 BUNDLED_CALIBRATION = ("prose", "dialogue", "technical", "code")
 BUNDLED_EVALUATION = "evaluation"
+# Bytes of a text, which take as much memory, and characters of one that is tokenised as a whole, which take
+# some thirty times as much.
+MOST_BYTES, MOST_WHOLE = 2**30, 64 * 2**20
+# Where only the first tokens are wanted: so many more of them, of so many characters, are looked at first.
+SPARE, CHARACTERS = 256, 8
 
 
 @dataclass(frozen=True)
@@ -53,10 +60,28 @@ def load_tokenizer(path: Path) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds; all mean the files are unusable
+    except (
+        BaseException
+    ) as error:  # transformers raises many kinds; all mean the files are unusable
+        if not untrusted.is_refusal(error):
+            raise
         raise CheckpointError(
             f"{path}: no usable tokenizer ({type(error).__name__}); copy the model's tokenizer "
             "files into the directory"
+        ) from error
+
+
+@contextlib.contextmanager
+def tokenizing() -> Iterator[None]:
+    """Turn what a tokenizer raises, whose files load but do not fit together, into a CheckpointError."""
+    try:
+        yield
+    except BaseException as error:
+        if not untrusted.is_refusal(error):
+            raise
+        why = untrusted.first_line(error)
+        raise CheckpointError(
+            f"the checkpoint's tokenizer or chat template fails: {why}"
         ) from error
 
 
@@ -76,7 +101,9 @@ def calibration_windows(
         text = _decode(path, data)
         sha = hashlib.sha256(data).hexdigest()
         if path.suffix != ".jsonl":
-            windows = _cut(_tokenize(tokenizer, text, bos), seqlen)[:samples]
+            windows = _cut(_tokenize_start(tokenizer, text, samples * seqlen, bos), seqlen)[
+                :samples
+            ]
             return Windows(_enough(windows, samples, seqlen, spec), sha, path.name, bos)
         documents = _jsonl(path, text)
         random.Random(seed).shuffle(documents)
@@ -105,7 +132,16 @@ def evaluation_windows(
     data = _read_bytes(path) if path else bundled_text(BUNDLED_EVALUATION).encode("utf-8")
     name = path.name if path else f"bundled {BUNDLED_EVALUATION}.txt"
     text = _decode(Path(name), data)
-    cut = _cut(_tokenize(tokenizer, text, bos), seqlen)[:windows]
+    if windows is None and len(text) > MOST_WHOLE:
+        raise DataError(
+            f"{path or name}: {len(text):,} characters are too many to evaluate all of them; say how many "
+            "windows (--windows)"
+        )
+    if windows is None:
+        tokens = _tokenize(tokenizer, text, bos)
+    else:
+        tokens = _tokenize_start(tokenizer, text, windows * seqlen, bos)
+    cut = _cut(tokens, seqlen)[:windows]
     enough = _enough(cut, windows or 1, seqlen, str(path or name))
     return Windows(enough, hashlib.sha256(data).hexdigest(), name, bos)
 
@@ -132,13 +168,30 @@ def _tokenize(tokenizer: Any, text: str, bos: bool) -> Tensor:
     return _tokenize_each(tokenizer, [text], bos)[0]
 
 
+def _tokenize_start(tokenizer: Any, text: str, wanted: int, bos: bool) -> Tensor:
+    """Its first tokens, as many as wanted if it has them, without tokenising much more of it.
+
+    They are those of the whole text: what is cut off begins at a space, behind many more tokens than a merge
+    spans.
+    """
+    length = CHARACTERS * (wanted + SPARE)
+    while length < len(text):
+        space = text.rfind(" ", 0, length)
+        tokens = _tokenize(tokenizer, text[: space if space > 0 else length], bos)
+        if tokens.numel() >= wanted + SPARE:
+            return tokens[:wanted]
+        length *= 4
+    return _tokenize(tokenizer, text, bos)
+
+
 def _tokenize_each(tokenizer: Any, texts: list[str], bos: bool) -> list[Tensor]:
     """Like _tokenize, for several texts at once: fast tokenizers then use several threads."""
     if bos and tokenizer.bos_token_id is None:
         raise DataError("--bos: this checkpoint's tokenizer has no beginning-of-text token")
     first = [tokenizer.bos_token_id] if bos else []
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return [torch.tensor([*first, *ids], dtype=torch.int64) for ids in encoded]
+    with tokenizing():
+        encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [torch.tensor([*first, *ids], dtype=torch.int64) for ids in encoded]
 
 
 def _cut(tokens: Tensor, seqlen: int) -> Tensor:
@@ -153,7 +206,7 @@ def _pack(documents: Iterable[str], tokenizer: Any, samples: int, seqlen: int, b
     for document in documents:
         if length >= samples * seqlen:
             break
-        parts.append(_tokenize(tokenizer, document, bos))
+        parts.append(_tokenize_start(tokenizer, document, samples * seqlen, bos))
         length += parts[-1].numel()
     joined = torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
     return _cut(joined, seqlen)[:samples]
@@ -170,9 +223,9 @@ def _enough(windows: Tensor, wanted: int, seqlen: int, source: str) -> Tensor:
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
+        return untrusted.read_bytes(path, MOST_BYTES)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: {untrusted.reason(error)}") from error
 
 
 def _decode(path: Path, data: bytes) -> str:
@@ -185,7 +238,7 @@ def _decode(path: Path, data: bytes) -> str:
 
 def _jsonl(path: Path, text: str) -> list[str]:
     documents = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -194,8 +247,8 @@ def _jsonl(path: Path, text: str) -> list[str]:
             raise DataError(
                 f'{path}: line {number} is not a JSON object with a "text" field'
             ) from error
-        if not isinstance(document, str):
-            raise DataError(f'{path}: line {number}: "text" is not a string')
+        if not isinstance(document, str) or not untrusted.is_text(document):
+            raise DataError(f'{path}: line {number}: "text" is not a string of characters')
         documents.append(document)
     return documents
 
@@ -221,5 +274,6 @@ def _hub_documents(spec: str, seed: int) -> Iterator[str]:
     except DataError:
         raise
     except Exception as error:  # the library raises many kinds; all mean it is not to be had
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DataError(f"{spec}: neither a file nor a dataset that loads ({reason[0]})") from error
+        raise DataError(
+            f"{spec}: neither a file nor a dataset that loads ({untrusted.first_line(error)})"
+        ) from error

@@ -53,8 +53,8 @@ def _check_int8(parts: Parts, columns: int) -> None:
     codes, largest = parts["codes"], parts["largest"]
     if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[1] != columns:
         raise ValueError(f"codes {codes.dtype} {tuple(codes.shape)} do not fit {columns} columns")
-    if largest.shape != codes.shape[:1]:
-        raise ValueError(f"{largest.numel()} magnitudes for {codes.shape[0]} rows")
+    if largest.shape != codes.shape[:1] or not largest.is_floating_point():
+        raise ValueError(f"{largest.numel()} magnitudes {largest.dtype} for {codes.shape[0]} rows")
     if not bool((largest >= 0).all()):
         raise ValueError("magnitudes that are none")
 

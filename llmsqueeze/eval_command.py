@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmsqueeze import untrusted
 from llmsqueeze.command import (
     CHECKPOINT_HELP,
     backend_option,
@@ -31,7 +30,7 @@ from llmsqueeze.recipe import DTYPES
 from llmsqueeze.recovery import check_requests, compare, gates, parse_gates
 from llmsqueeze.recovery import rows as task_rows
 from llmsqueeze.recovery import warnings as task_warnings
-from llmsqueeze.report.schema import EVAL
+from llmsqueeze.report.schema import BASELINE, EVAL, fault
 
 if TYPE_CHECKING:
     from llmsqueeze.checkpoint import Checkpoint
@@ -295,6 +294,7 @@ def evaluate(
             load_tokenizer(opened.path), bundled_text(BUNDLED_EVALUATION), length=length,
             count=PASSKEY_PROMPTS, bos=bos,
         )  # fmt: skip
+        check_vocabulary(torch.cat([prompt.tokens for prompt in prompts]), opened)
     suites: list[Suite] = []
     if tasks:
         from llmsqueeze.task_cache import make_folder
@@ -398,16 +398,11 @@ def evaluate(
 def _read_baseline(path: Path) -> dict[str, Any]:
     """The report of an earlier `eval --json`; DataError if it is none."""
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        usable = isinstance(report["checkpoint"], str) and 0 < report["token_ppl"] < math.inf
-        if not isinstance(report.get("tasks", {}), dict):
-            raise TypeError
-    except OSError as error:
-        raise DataError(f"--baseline {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"--baseline {path}: not a report of `eval --json`") from error
-    if not usable:
-        raise DataError(f"--baseline {path}: its perplexity is {report['token_ppl']}")
+        report = untrusted.read_json(path, untrusted.LARGE)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--baseline {path} {untrusted.reason(error)}") from error
+    if found := fault(report, BASELINE):
+        raise DataError(f"--baseline {path}: not a report of `eval --json`: {found}")
     return dict(report)
 
 

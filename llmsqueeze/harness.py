@@ -18,9 +18,9 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from llmsqueeze.checkpoint import Checkpoint
-from llmsqueeze.data import load_tokenizer
+from llmsqueeze.data import load_tokenizer, tokenizing
 from llmsqueeze.device import choose_backend, choose_device, evaluation_dtype, exact_matmul
-from llmsqueeze.errors import CalibrationError, DataError, RecipeError
+from llmsqueeze.errors import CalibrationError, CheckpointError, DataError, RecipeError
 from llmsqueeze.evaluate import cache_options
 from llmsqueeze.ops import cpu
 from llmsqueeze.policy import DEFAULT_GATE, Policy
@@ -68,6 +68,7 @@ class HarnessLM(HFLM):  # type: ignore[misc]  # untyped
         finally:
             del model.tie_weights
         self.subject = subject
+        self.vocabulary = model.get_input_embeddings().weight.shape[0]
         self.bos = bos
         self.rows = batch_size
         self.on_request = on_request
@@ -101,7 +102,13 @@ class HarnessLM(HFLM):  # type: ignore[misc]  # untyped
         left_truncate_len: int | None = None,
         **kwargs: Any,
     ) -> list[int]:
-        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
+        with tokenizing():
+            ids: list[int] = self.tokenizer.encode(string, add_special_tokens=False)
+        if max(ids, default=0) >= self.vocabulary:
+            raise CheckpointError(
+                f"the tokenizer gives id {max(ids)}, the embedding has {self.vocabulary} rows; tokenizer and "
+                "weights do not belong together"
+            )
         # A chat template may have written the token already.
         first = self.bos and add_special_tokens is not False
         if first and ids[:1] != [self.tokenizer.bos_token_id]:

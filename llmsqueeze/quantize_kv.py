@@ -145,7 +145,7 @@ def quantize_kv(
 def _record(checkpoint: Checkpoint, recipe: KvRecipe) -> KvRecord:
     """What the checkpoint will say, its tensors aside."""
     layers = packable(checkpoint.model.config)
-    heads, width = _shape(checkpoint, layers[0])
+    heads, width = checkpoint.cache_shape(layers[0])
     record = KvRecord(recipe.method, recipe.bits, tuple(layers), heads, width)
     if recipe.method != CALIBRATED_KV:
         return record
@@ -164,16 +164,6 @@ def _record(checkpoint: Checkpoint, recipe: KvRecipe) -> KvRecord:
         turned=not plain,
         rank=0 if plain else min(kvquant.RANK, width),
     )
-
-
-def _shape(checkpoint: Checkpoint, layer: int) -> tuple[int, int]:
-    """Key-value heads and their width, as the attention module has them: configs carry unused ones."""
-    config = checkpoint.model.config.get_text_config(decoder=True)
-    attention: Any = next(m for m in checkpoint.blocks[layer].modules() if hasattr(m, "scaling"))
-    groups = getattr(attention, "num_key_value_groups", 1)
-    width = getattr(attention, "head_dim", None) or getattr(attention, "head_size", None)
-    queries = config.num_attention_heads
-    return queries // groups, width or config.hidden_size // queries
 
 
 def _gradients(

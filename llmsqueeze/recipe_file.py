@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from llmsqueeze import untrusted
 from llmsqueeze.errors import RecipeError
+
+# Of a recipe, which has some dozens of values, a few within each other.
+MOST_BYTES, MOST_NODES, MOST_DEPTH = 2**18, 100_000, 64
 
 
 @functools.cache
@@ -19,7 +22,15 @@ def _loader() -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.depth += 1
+            if self.depth > MOST_DEPTH:
+                raise ValueError("is nested too deeply")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
     numbers = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
     Loader.yaml_implicit_resolvers = {
@@ -32,14 +43,69 @@ def _loader() -> Any:
         re.compile(r"([-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)$"),
         list("-+.0123456789"),
     )
+    Loader.add_constructor(numbers[0], _integer)
     return Loader
 
 
+def _integer(loader: Any, node: Any) -> int:
+    digits = loader.construct_scalar(node)
+    if len(digits) > 20:
+        raise ValueError(f"holds an integer of more than 64 bits ({digits[:20]}…)")
+    return int(digits)
+
+
 def parse_yaml(text: str) -> Any:
-    """One document as plain types; yaml.YAMLError on others."""
+    """One document as plain types; yaml.YAMLError or ValueError on others."""
+    return _construct(_compose(text))
+
+
+def check_yaml(text: str) -> None:
+    """yaml.YAMLError or ValueError on what is no YAML, or too deep or large; tags may be any."""
+    _compose(text)
+
+
+def _compose(text: str) -> Any:
+    """The document's node, None for an empty one; ValueError on one too large to be looked at."""
     import yaml
 
-    return yaml.load(text, Loader=_loader())
+    try:
+        node = yaml.compose(text, Loader=_loader())
+        _size(node, {})
+    except RecursionError as error:
+        raise ValueError("is nested too deeply") from error
+    return node
+
+
+# What PyYAML raises of a tag on what is not of its kind, as in !!bool 5.
+_MISFITS = (RecursionError, TypeError, LookupError, AttributeError)
+
+
+def _construct(node: Any) -> Any:
+    loader = _loader()("")
+    try:
+        return None if node is None else loader.construct_document(node)
+    except _MISFITS as error:
+        raise ValueError(f"has a value that is none ({type(error).__name__})") from error
+    finally:
+        loader.dispose()
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """Nodes of YAML, those behind an alias (*name) as often as it stands there; ValueError on too many.
+
+    A few lines of aliases of aliases can stand for more than any memory holds, or for themselves.
+    """
+    if id(node) not in known:
+        known[id(node)] = MOST_NODES  # an alias within what it stands for
+        inner = [] if node is None else node.value
+        if isinstance(inner, str):
+            inner.encode()  # fails on half of a surrogate pair, which no text can be written with
+            inner = []
+        parts = [part for item in inner for part in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    if known[id(node)] >= MOST_NODES:
+        raise ValueError(f"stands for {MOST_NODES:,} values or more by its aliases")
+    return known[id(node)]
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -53,12 +119,13 @@ def read_recipe(path: Path) -> dict[str, Any]:
     twice = None
     try:
         if path.suffix == ".json":  # which YAML reads slowly, and numbers like 1e-05 as text
-            raw = json.loads(text)
+            raw = untrusted.parse_json(text)
         else:
-            raw = parse_yaml(text)
-            twice = _twice(yaml.compose(text, Loader=_loader()))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: not YAML ({str(error).splitlines()[0]})") from error
+            node = _compose(text)
+            twice = _twice(node)
+            raw = _construct(node)
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{path}: not YAML ({untrusted.reason(error)})") from error
     if not isinstance(raw, dict):
         raise RecipeError(f"{path}: not a mapping of recipe keys to values")
     if twice:
@@ -87,9 +154,10 @@ def line_of(path: Path, key: tuple[str, ...]) -> int | None:
     """The line, from 1, of the last part of `key` that stands in the file; None if none does."""
     import yaml
 
+    text = _read(path)
     try:
-        node = yaml.compose(_read(path), Loader=_loader())
-    except yaml.YAMLError:  # JSON indented by tabs
+        node = _compose(text) if len(text) <= MOST_BYTES else None
+    except (yaml.YAMLError, ValueError):  # JSON indented by tabs
         return None
     line = None
     for name in key:
@@ -111,21 +179,21 @@ def _has(raw: Any, key: tuple[str, ...]) -> bool:
 
 
 def _read(path: Path) -> str:
+    most = untrusted.LARGE if path.suffix == ".json" else MOST_BYTES
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise RecipeError(f"{path}: not YAML (not UTF-8 text)") from error
+        return untrusted.read_text(path, most)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path} {untrusted.reason(error)}") from error
 
 
 def _twice(node: Any) -> tuple[str, int] | None:
     """A key that a mapping has twice, of which YAML keeps the last without a word, and its second line."""
     seen = set()
     for key, value in _pairs(node):
-        if key.value in seen:
-            return str(key.value), key.start_mark.line + 1
-        seen.add(key.value if isinstance(key.value, str) else id(key))
+        if isinstance(key.value, str):  # others are no keys, as is told later
+            if key.value in seen:
+                return key.value, key.start_mark.line + 1
+            seen.add(key.value)
         if found := _twice(value):
             return found
     return None

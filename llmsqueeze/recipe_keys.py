@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -112,5 +113,6 @@ def _is(value: Any, kind: str) -> bool:
         return isinstance(value, str)
     if kind == "array":
         return isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value)
-    number = (int, float) if kind == "number" else int
-    return isinstance(value, number) and not isinstance(value, bool)
+    if kind == "number" and isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) and not isinstance(value, bool)

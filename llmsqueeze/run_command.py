@@ -58,15 +58,20 @@ def run(
     if not text.strip():
         raise RecipeError("the prompt is empty; give one, or pipe it in")
 
-    from llmsqueeze.data import load_tokenizer
+    from llmsqueeze.data import load_tokenizer, tokenizing
     from llmsqueeze.device import choose_backend, choose_device, evaluation_dtype
     from llmsqueeze.ops import cpu
+    from llmsqueeze.plan import check_vocabulary
     from llmsqueeze.runtime import load
 
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
     tokenizer = load_tokenizer(opened.path)
-    ids = _encode(tokenizer, text, raw)
+    with tokenizing():
+        ids = _encode(tokenizer, text, raw)
+    if not len(ids):
+        raise RecipeError("the prompt has no tokens")
+    check_vocabulary(ids, opened)
     room = opened.config.get("max_position_embeddings")
     if isinstance(room, int) and len(ids) + tokens > room:
         raise RecipeError(
@@ -125,9 +130,7 @@ def _encode(tokenizer: Any, text: str, raw: bool) -> Tensor:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(text)["input_ids"]
-    if not ids:
-        raise RecipeError("the prompt has no tokens")
-    return torch.tensor(ids)
+    return torch.tensor(ids, dtype=torch.int64)
 
 
 def _ends(model: Any, tokenizer: Any) -> set[int]:

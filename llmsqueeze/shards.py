@@ -1,7 +1,9 @@
 """A directory of safetensors shards: read with suspicion, written one tensor at a time.
 
 Headers are validated by the safetensors library (sizes, offsets, coverage of the file); what it
-cannot know is checked here: that the index and the shards agree and that nothing points elsewhere.
+cannot know is checked here: that the index and the shards agree and that nothing points elsewhere. A
+shard may be a link to anywhere, as in the hub's cache: all that is taken from it is tensors of the names and
+shapes that are expected.
 """
 
 from __future__ import annotations
@@ -13,21 +15,28 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from llmsqueeze import untrusted
 from llmsqueeze.errors import CheckpointError, ResourceError
 
 # Tensors beside the weights, which are no shard of the model: of activation gates, of the KV cache.
 SIDE_NAME = "llmsqueeze.safetensors"
 KV_NAME = "llmsqueeze-kv.safetensors"
 
+# Of the only shard. transformers looks for it before it looks for an index.
+STANDARD_NAME = "model.safetensors"
+
 # Shards close at this size: it bounds the memory that finished but unwritten tensors take.
 SHARD_BYTES = 512 * 2**20
+
+# The library would take 100 MB, and several times that of memory. Tens of thousands of tensors need less.
+MOST_HEADER = 32 * 2**20
 
 # What the system says when nothing more can be written: disk full, quota, file size limit.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -68,7 +77,13 @@ def list_shards(directory: Path) -> list[Path]:
         names = ", ".join(path.name for path in indexes)
         raise CheckpointError(f"{directory}: several weight indexes ({names}); keep one")
     if indexes:
-        return [directory / name for name in sorted(set(_weight_map(indexes[0]).values()))]
+        listed = sorted(set(_weight_map(indexes[0]).values()))
+        if STANDARD_NAME not in listed and (directory / STANDARD_NAME).exists():
+            raise CheckpointError(
+                f"{directory}: {indexes[0].name} does not list {STANDARD_NAME}, which transformers would "
+                "read instead of what it lists; keep one of the two"
+            )
+        return [directory / name for name in listed]
     files = sorted(
         file for file in directory.glob("*.safetensors") if file.name not in (SIDE_NAME, KV_NAME)
     )
@@ -85,6 +100,18 @@ def list_shards(directory: Path) -> list[Path]:
             "says which belong to the model"
         )
     return files
+
+
+def entry_name(directory: Path) -> str:
+    """The file that transformers is to begin with: the index, or the only shard."""
+    shards = list_shards(directory)
+    for index in directory.glob("*.safetensors.index.json"):
+        if not isinstance(_index(index).get("metadata"), dict):
+            raise CheckpointError(
+                f"{index}: has no metadata, which transformers does not load without"
+            )
+        return index.name
+    return shards[0].name
 
 
 def read_headers(directory: Path) -> dict[str, StoredTensor]:
@@ -138,11 +165,9 @@ def hash_file(file: Path) -> str:
 def hash_header(file: Path) -> str:
     """sha256 of a safetensors file's length word and JSON header, hex."""
     with _readable(file) as stream:
-        prefix = stream.read(8)
-        size = int.from_bytes(prefix, "little")
-        if len(prefix) < 8 or size > file.stat().st_size:
-            raise CheckpointError(f"{file}: not a safetensors file, or cut short")
-        return hashlib.sha256(prefix + stream.read(size)).hexdigest()
+        size = _header_size(file, stream)
+        stream.seek(0)
+        return hashlib.sha256(stream.read(8 + size)).hexdigest()
 
 
 class ShardWriter:
@@ -183,7 +208,7 @@ class ShardWriter:
         for number, names in enumerate(self._parts, start=1):
             final = f"model-{number:05d}-of-{count:05d}.safetensors"
             if count == 1:
-                final = "model.safetensors"
+                final = STANDARD_NAME
             path = self._part(number).rename(self._directory / final)
             weight_map.update(dict.fromkeys(names, final))
             records[final] = ShardRecord(path.stat().st_size, hash_file(path), hash_header(path))
@@ -251,19 +276,35 @@ class ShardWriter:
 
 
 def _open(file: Path) -> safe_open:
+    with _readable(file) as stream:
+        _header_size(file, stream)
     try:
         return safe_open(file, framework="pt", device="cpu")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: missing; the download or copy is incomplete") from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: not a valid safetensors file ({error})") from error
 
 
-def _readable(file: Path):  # type: ignore[no-untyped-def]
+def _readable(file: Path) -> BinaryIO:
     try:
+        untrusted.check_file(file)
         return file.open("rb")
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: missing; the download or copy is incomplete") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} {untrusted.reason(error)}") from error
+
+
+def _header_size(file: Path, stream: BinaryIO) -> int:
+    """Bytes of a safetensors file's JSON header, from its length word."""
+    prefix = stream.read(8)
+    size = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or size > file.stat().st_size - 8:
+        raise CheckpointError(f"{file}: not a safetensors file, or cut short")
+    if size > MOST_HEADER:
+        raise CheckpointError(
+            f"{file}: its header has {size:,} bytes, of which at most {MOST_HEADER:,} are read"
+        )
+    return size
 
 
 def read_header(file: Path) -> Iterator[StoredTensor]:
@@ -273,16 +314,26 @@ def read_header(file: Path) -> Iterator[StoredTensor]:
             yield StoredTensor(file, name, str(part.get_dtype()), tuple(part.get_shape()))
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _index(index: Path) -> dict[str, Any]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{index}: not a weight index ({type(error).__name__})") from error
+        document = untrusted.read_json(index, untrusted.LARGE)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{index} {untrusted.reason(error)}") from error
+    return document if isinstance(document, dict) else {}
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    weight_map = _index(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is empty or not a mapping")
     for name, file_name in weight_map.items():
-        if not isinstance(file_name, str) or Path(file_name).name != file_name:
+        if not isinstance(file_name, str) or not _is_plain(file_name):
             raise CheckpointError(f"{index}: {name} points outside the directory ({file_name!r})")
         if not file_name.endswith(".safetensors"):
             raise CheckpointError(f"{index}: {name} is in {file_name!r}, not in safetensors")
     return weight_map
+
+
+def _is_plain(name: str) -> bool:
+    """Whether it names a file in the directory, and one that a file system can have."""
+    return Path(name).name == name and name.isprintable() and len(name.encode()) <= 255

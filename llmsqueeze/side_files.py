@@ -22,6 +22,8 @@ from llmsqueeze.shards import (
     read_header,
 )
 
+_FLOATS = ("F32", "F16", "BF16")
+
 
 def write_side_file(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> ShardRecord:
     """Write tensors into a checkpoint that is being made."""
@@ -38,7 +40,7 @@ def open_side_file(
     CheckpointError when the file is missing, changed, or holds anything else.
     """
     path = directory / name
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path}: missing; it holds what calibration found")
     if hash_header(path) != record.header_sha256:
         raise CheckpointError(f"{path}: header differs from the manifest; the file is damaged")
@@ -46,6 +48,10 @@ def open_side_file(
     for key in sorted(set(expected) ^ set(stored)):
         raise CheckpointError(f"{path}: {key} does not fit the manifest")
     for key, shape in expected.items():
+        if stored[key].dtype not in _FLOATS:
+            raise CheckpointError(
+                f"{path}: {key} is {stored[key].dtype}, not {' or '.join(_FLOATS)}"
+            )
         found = stored[key].shape
         if len(found) != len(shape) or any(
             w not in (-1, f) for w, f in zip(shape, found, strict=True)

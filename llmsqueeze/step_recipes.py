@@ -117,10 +117,10 @@ def _recorded(entries: list[Any]) -> list[Step]:
     steps: list[Step] = []
     gated = False
     for entry in entries:
-        if not isinstance(entry, dict) or entry.get("command") not in RECIPES:
-            command = entry.get("command") if isinstance(entry, dict) else entry
+        command = entry.get("command") if isinstance(entry, dict) else entry
+        if not isinstance(entry, dict) or not isinstance(command, str) or command not in RECIPES:
             raise RecipeError(f"recipe: {command!r} is no step; steps are {', '.join(RECIPES)}")
-        command, raw = entry["command"], entry.get("recipe")
+        raw = entry.get("recipe")
         if isinstance(raw, dict) and raw.get("dtype") == "auto" and entry.get("compute_dtype"):
             raw = {**raw, "dtype": entry["compute_dtype"]}
         if command == "sparsify" and gated and isinstance(raw, dict) and raw.get("method") is None:

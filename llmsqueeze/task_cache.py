@@ -17,12 +17,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from llmsqueeze import __version__
+from llmsqueeze import __version__, untrusted
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.shards import hash_file
 
 # Raised whenever entries change, so that a result of older code is not taken.
-TASK_RESULTS = 1
+TASK_RESULTS = 2
 _PACKAGES = ("lm_eval", "torch", "transformers")
 # Files of a checkpoint that a result may depend on.
 _SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".tiktoken", ".txt")
@@ -46,6 +46,10 @@ def make_folder(folder: Path) -> None:
         raise EnvironmentFault(
             f"cannot write the cache {folder} ({error.strerror}); set --cache-dir"
         ) from error
+
+
+def _sha256(tasks: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tasks, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -77,16 +81,16 @@ class TaskCache:
         text = json.dumps(key, sort_keys=True)
         path = self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
         # What cannot be read as it was written is damaged: measure again.
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
-            known = json.loads(path.read_text(encoding="utf-8"))
-            if known["key"] == key:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            known = untrusted.read_json(path, untrusted.LARGE)
+            if known["key"] == key and known["sha256"] == _sha256(known["tasks"]):
                 self.note(f"{name}: the dense model's scores are known (kept in {self.folder})")
                 return dict(known["tasks"])
         found = measure()
         descriptor, work = tempfile.mkstemp(prefix="partial-", dir=self.folder)
         try:
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                json.dump({"key": key, "tasks": found}, file)
+                json.dump({"key": key, "tasks": found, "sha256": _sha256(found)}, file)
             Path(work).replace(path)
         except OSError as error:
             # What took long to measure is worth more than being kept.

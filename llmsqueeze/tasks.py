@@ -26,17 +26,23 @@ import evaluate as hf_evaluate
 import huggingface_hub
 import numpy as np
 import torch
+import yaml
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
+from llmsqueeze import untrusted
 from llmsqueeze.errors import DataError, LlmsqueezeError, RecipeError
 from llmsqueeze.harness import HarnessLM
+from llmsqueeze.recipe_file import check_yaml
 from llmsqueeze.recovery import key_of
 
 # lm-eval's own seed: few-shot examples are those that it would choose.
 SEED = 1234
 # Resamples for the standard error of metrics that have no formula for it.
 BOOTSTRAPS = 1000
+
+# Bytes of a file of items, which takes some ten times as much memory.
+MOST_ITEMS = 256 * 2**20
 
 # Perplexity per token is another thing, and called so: these names say what they count.
 _NAMES = {"word_perplexity": "word_ppl", "byte_perplexity": "byte_ppl"}
@@ -280,7 +286,11 @@ def _loaded(manager: TaskManager, spec: str, offline: bool, note: Callable[[str]
         path = Path(spec).expanduser()
         if not path.is_file():
             raise DataError(f"--tasks {spec}: no such file")
-        what = str(path) if path.suffix in (".yaml", ".yml") else _items_task(path)
+        if path.suffix in (".yaml", ".yml"):
+            _check_yaml(path)
+            what = str(path)
+        else:
+            what = _items_task(path)
     with _readable(spec, reachable=not offline), offline_mode(), _contained():
         return manager.load([what])
     note(f"fetching the data of {spec} from the Hugging Face hub")
@@ -309,6 +319,14 @@ def _readable(spec: str, *, reachable: bool = False) -> Iterator[None]:
     # lm-eval raises many kinds; all mean that a task is not what it says.
     except Exception as error:
         raise DataError(f"--tasks {spec}: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _check_yaml(path: Path) -> None:
+    """DataError on one that lm-eval would not come to an end with."""
+    try:
+        check_yaml(untrusted.read_text(path))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"--tasks {path}: not YAML ({untrusted.reason(error)})") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -340,13 +358,13 @@ def _items_task(path: Path) -> dict[str, Any]:
 
 def _read_items(path: Path) -> list[dict[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
-        lines = [line for line in text.splitlines() if line.strip()]
+        text = untrusted.read_text(path, MOST_ITEMS)
+        lines = [line for line in text.split("\n") if line.strip()]
         items = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in lines]
-    except OSError as error:
-        raise DataError(f"--tasks {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"--tasks {path}: not {path.suffix[1:]} in UTF-8 ({error})") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"--tasks {path} {untrusted.reason(error)}") from error
+    except RecursionError as error:
+        raise DataError(f"--tasks {path} is nested too deeply") from error
     if not isinstance(items, list) or not items:
         raise DataError(f"--tasks {path}: no list of items")
     for number, item in enumerate(items, start=1):
@@ -367,6 +385,7 @@ def _is_item(item: Any) -> bool:
         and isinstance(choices, list)
         and len(choices) > 1
         and all(isinstance(choice, str) and choice for choice in choices)
+        and all(map(untrusted.is_text, [query, *choices]))
         and isinstance(gold, int)
         and not isinstance(gold, bool)
         and 0 <= gold < len(choices)

@@ -203,7 +203,7 @@ def test_chained_steps_are_kept(
     ("args", "code", "says"),
     [
         (["--sparsity", "1"], 2, "[0, 1)"),
-        (["--sparsity", "nan"], 2, "[0, 1)"),
+        (["--sparsity", "nan"], 2, "nan is not a number"),
         (["--sparsity", "0.7", "--pattern", "2:4"], 2, "removes 0.5"),
         (["--pattern", "3:7"], 2, "does not divide"),
         (["--pattern", "4:2"], 2, "2:4"),

@@ -17,6 +17,7 @@ from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.compress import Pruning
 from llmsqueeze.plan import held_out_samples
 from llmsqueeze.recipe import PruneRecipe
+from llmsqueeze.work import Work
 
 Tiny = Callable[..., Path]
 
@@ -69,7 +70,9 @@ CASES = [("llama", name) for name in RECIPES] + [
 
 
 @pytest.mark.parametrize(("family", "name"), CASES)
-def test_pruning_holds_what_is_said(tiny: Tiny, text_file: Path, family: str, name: str) -> None:
+def test_pruning_holds_what_is_said(
+    tiny: Tiny, text_file: Path, tmp_path: Path, family: str, name: str
+) -> None:
     # Wide enough that matrices, and not what every tensor takes at least, are counted.
     wide = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 1}
     if family == "opt":
@@ -79,10 +82,10 @@ def test_pruning_holds_what_is_said(tiny: Tiny, text_file: Path, family: str, na
            "calibration": {"text": str(text_file), "samples": 64, "seqlen": 40}}  # fmt: skip
     recipe = PruneRecipe.from_dict(raw)
     device = torch.device("cpu")
-    pruning = Pruning(checkpoint, recipe, device)
+    pruning = Pruning(checkpoint, recipe, device, Work(tmp_path / "out", device))
     pruning.prepare()
     with Live() as live:
-        for block in pruning.blocks():
+        for block in pruning.blocks(pruning.batch):
             del block
     followed = 2 if "product" in recipe.needs and recipe.dense_share else 1
     walk = footprint.Walk.of(64, 40, 0, torch.float32, device, followed)

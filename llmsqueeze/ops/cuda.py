@@ -27,6 +27,7 @@ Macros = Mapping[str, int]
 # A kernel's name and its macros in alphabetical order.
 Variant = tuple[str, tuple[tuple[str, int], ...]]
 # Shared memory of a block on GPUs whose launches are recorded.
+_DIGEST = hashlib.sha256().digest_size
 _SHARED = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_120": 99}  # KiB
 
 
@@ -95,17 +96,25 @@ def cubin(name: str, macros: Macros, arch: str) -> bytes:
     versions = compiler()
     text = "\0".join((source(name), repr(sorted(macros.items())), arch, versions))
     path = cubin_folder() / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.cubin"
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        pass
+    if kept := read_cubin(path):
+        return kept
     code = compile_cubin(name, macros, arch)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Renamed into place: another process may compile the same, or be killed half-way.
     with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-        file.write(code)
+        file.write(code + hashlib.sha256(code).digest())
     os.replace(file.name, path)
     return code
+
+
+def read_cubin(path: Path) -> bytes | None:
+    """What cubin() kept; None where there is nothing, or something damaged."""
+    try:
+        kept = path.read_bytes()
+    except OSError:
+        return None
+    code, digest = kept[:-_DIGEST], kept[-_DIGEST:]
+    return code if hashlib.sha256(code).digest() == digest else None
 
 
 @functools.cache

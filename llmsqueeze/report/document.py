@@ -5,17 +5,15 @@ Its shape is schema.REPORT_SCHEMA. Nothing of it depends on the time or the mach
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from llmsqueeze import __version__, units
+from llmsqueeze import __version__, units, untrusted
 from llmsqueeze.activation import ActivationRecord, drifts
 from llmsqueeze.artifact import SiteRecord
 from llmsqueeze.checkpoint import Checkpoint
@@ -34,13 +32,12 @@ ERRORS = ("relative_error", "rounding_error")
 def read_result(path: Path) -> dict[str, Any]:
     """An entry of the report's results, of what a command printed with --json; DataError if it is none."""
     try:
-        document = json.loads(
-            path.read_text(encoding="utf-8"), parse_constant=_refuse, parse_float=_finite
-        )
+        document = untrusted.read_json(path, untrusted.LARGE)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not one JSON document, as --json prints it ({error})") from error
+    except ValueError as error:
+        why = untrusted.reason(error)
+        raise DataError(f"{path}: not one JSON document, as --json prints it: it {why}") from error
     kind = _kind(document)
     if kind is None:
         raise DataError(
@@ -120,17 +117,6 @@ def short_names(names: Sequence[str]) -> list[str]:
         return name
 
     return [shortest(name) for name in names]
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if not math.isfinite(number):
-        _refuse(digits)
-    return number
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
 
 
 def _kind(document: Any) -> str | None:

@@ -18,6 +18,11 @@ _TEXT: Schema = {"type": "string"}
 _NUMBER: Schema = {"type": "number"}
 _SHARE: Schema = {"type": "number", "minimum": 0, "maximum": 1}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
+# What is measured, divided by and drawn on a scale of powers of ten.
+_POSITIVE: Schema = {"type": "number", "minimum": 1e-9, "maximum": 1e15}
+_SIZE: Schema = {"type": "integer", "minimum": 1, "maximum": 10**15}
+_MAYBE_SIZE: Schema = {**_SIZE, "type": ["integer", "null"]}
+_PERPLEXITY: Schema = {"type": "number", "minimum": 1, "maximum": 1e100}
 _FLAG: Schema = {"type": "boolean"}
 _MAYBE_NUMBER: Schema = {"type": ["number", "null"]}
 _MAYBE_TEXT: Schema = {"type": ["string", "null"]}
@@ -49,14 +54,14 @@ _BYTES = _object({"before": _COUNT, "after": _COUNT})
 _EVAL = _object(
     {
         "schema": {"const": EVAL}, "checkpoint": _TEXT, "manifest_sha256": _MAYBE_TEXT,
-        "token_ppl": {"type": "number", "minimum": 1}, "seqlen": _COUNT, "windows": _COUNT,
+        "token_ppl": _PERPLEXITY, "seqlen": _COUNT, "windows": _COUNT,
         "tokens": _COUNT, "bos": _FLAG, "dtype": _TEXT, "device": _TEXT, "backend": _TEXT,
-        "text": _TEXT, "text_sha256": _TEXT, "tokens_sha256": _TEXT, "size_bytes": _COUNT,
-        "bytes_per_token": _COUNT,
+        "text": _TEXT, "text_sha256": _TEXT, "tokens_sha256": _TEXT, "size_bytes": _SIZE,
+        "bytes_per_token": _SIZE,
     },
     optional={
-        "against": _TEXT, "dense_token_ppl": _NUMBER, "token_ppl_ratio": _NUMBER,
-        "dense_size_bytes": _MAYBE_NUMBER, "dense_bytes_per_token": _MAYBE_NUMBER,
+        "against": _TEXT, "dense_token_ppl": _PERPLEXITY, "token_ppl_ratio": _NUMBER,
+        "dense_size_bytes": _MAYBE_SIZE, "dense_bytes_per_token": _MAYBE_SIZE,
         "passkey": _object({"accuracy": _SHARE, "prompts": _COUNT, "length": _COUNT}),
         "dense_passkey": _object({"accuracy": _SHARE}),
         "kv_cache": _object({"format": _TEXT, "bits_per_element": _NUMBER}),
@@ -69,12 +74,20 @@ _EVAL = _object(
         "tasks": _map(_OBJECT), **_CONDITIONS,
     },
 )  # fmt: skip
-_SPEED = _object({"ms_per_token": _NUMBER, "range": _list(_NUMBER), "bytes_per_token": _COUNT})
+# What is taken of one as a baseline: reports of older versions will do.
+BASELINE: Schema = _object(
+    {"checkpoint": _TEXT, "token_ppl": _PERPLEXITY},
+    optional={
+        "tasks": _OBJECT, "size_bytes": _MAYBE_SIZE, "bytes_per_token": _MAYBE_SIZE,
+        "passkey": {**_object({"accuracy": _SHARE}), "type": ["object", "null"]},
+    },
+)  # fmt: skip
+_SPEED = _object({"ms_per_token": _POSITIVE, "range": _list(_NUMBER), "bytes_per_token": _SIZE})
 _BENCH_MODEL = _object(
     {
         "schema": {"const": BENCH_MODEL}, "checkpoint": _TEXT, "manifest_sha256": _MAYBE_TEXT,
         "dtype": _TEXT, "prompt": _COUNT, "compiled": _FLAG, "dense": _SPEED,
-        "compressed": _SPEED, "speedup": _NUMBER, "bound": _NUMBER, "error": _NUMBER,
+        "compressed": _SPEED, "speedup": _POSITIVE, "bound": _POSITIVE, "error": _NUMBER,
         "same_tokens": _COUNT, "tokens": _COUNT,
     },
     # gpu, or the others: what it was measured on (document.read_result sees to that).
@@ -89,8 +102,8 @@ _BENCH_KERNELS = _object(
             _object(
                 {
                     "rows": _COUNT, "columns": _COUNT, "tokens": _COUNT, "kernel": _TEXT,
-                    "microseconds": _NUMBER, "gb_per_second": _NUMBER, "bound": _NUMBER,
-                    "speedup": _NUMBER,
+                    "microseconds": _POSITIVE, "gb_per_second": _NUMBER, "bound": _POSITIVE,
+                    "speedup": _POSITIVE,
                 }
             )
         ),

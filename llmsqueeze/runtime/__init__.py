@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmsqueeze.integration  # noqa: F401  registers the format with transformers
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.runtime import mapped
+from llmsqueeze.runtime.generation import read_generation
 from llmsqueeze.runtime.linears import use_kernels
+from llmsqueeze.shards import entry_name
 
 
 def load(
@@ -25,13 +27,21 @@ def load(
     Raises CheckpointError if transformers reports a tensor missing, left over or of another shape;
     EnvironmentFault if the device or dtype has no kernels.
     """
+    read_generation(checkpoint)  # transformers reads it too, and says less of what is wrong
     if kernels and device.type == "cpu" and (found := mapped.load(checkpoint, dtype)) is not None:
         return found
+    config = AutoConfig.from_pretrained(
+        checkpoint.path, local_files_only=True, trust_remote_code=False
+    )
+    # Or it would look for weights by itself: by other names, and pickled ones in the end.
+    config.transformers_weights = entry_name(checkpoint.path)
     model, info = AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
+        config=config,
         dtype=dtype,
         local_files_only=True,
         trust_remote_code=False,
+        use_safetensors=True,
         output_loading_info=True,
     )
     for problem in ("missing_keys", "mismatched_keys"):

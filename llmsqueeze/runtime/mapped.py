@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from llmsqueeze.checkpoint import Checkpoint, PackedSource, place
 from llmsqueeze.ops import cpu
 from llmsqueeze.policy import Policy
 from llmsqueeze.runtime import gates, kv_cache, layers, linears
 from llmsqueeze.runtime.gates import GatedLinear
+from llmsqueeze.runtime.generation import read_generation
 from llmsqueeze.runtime.packed import (
     LEAST_SPARSITY,
     BitmaskLinear,
@@ -71,8 +71,8 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any | None:
         linears.pack_linears(model, torch.device("cpu"), choose=linears.on_cpu, weight_of=read)
     else:
         layers.join(model)
-    if (checkpoint.path / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    if generation := read_generation(checkpoint):
+        model.generation_config = generation
     if checkpoint.kv_cache:
         formats = kv_cache.stored_formats(checkpoint.kv_cache, checkpoint.read_kv_cache())
         kv_cache.attach(model, formats)
