@@ -4,7 +4,9 @@
 //
 // q: [batch, heads, D]; tiles: [batch · kv heads][capacity] records; length: one number, padding: [batch] or
 // null. y: [batch, heads, D]. partial: [batch · kv heads][splits][PARTIAL] fp32, what a block found: sums
-// [GROUP][D], then largest scores and weights [GROUP][2]; counters: [batch · kv heads], zero before and after.
+// [GROUP][D], then largest scores and weights [GROUP][2]; counters: [batch · kv heads], zero before and after. limit:
+// tiles that the length may reach. Beyond the capacity it is where there is a window: a tile then lies at its number
+// modulo the capacity, which is a tile more than a window can touch, for the kernel before may write the newest.
 //
 // Blocks divide the tiles of a kv head, and each warp streams its own through a ring in shared memory. Products
 // are 16 tokens by 8 heads at a time: keys, 16 tokens × 16 channels, times queries, and values, 16 channels × 16
@@ -17,7 +19,8 @@
 //
 // Macros: those of kv_tiles.cu; GROUP, heads to a kv head, at most 8; TURN_KEYS, TURN_VALUES, by a Hadamard matrix;
 // ROTARY, how many channels the rotary embedding turns; WARPS of a block; STAGES of a ring; COPIES of the table,
-// 32 or, where shared memory is small, 8; HELD, constants of channels in registers.
+// 32 or, where shared memory is small, 8; HELD, constants of channels in registers; SLIDING, there is a window; SKIP,
+// tiles whose scores all lie further below the largest of their warp than `skip`, in powers of two, do not count.
 
 #define KEY_WORDS (BITS == 3 ? (FRAGMENTS + 3) / 4 * 3 : FRAGMENTS * BITS / 4)
 #define KEY_RUNS ((KEY_WORDS + RUN - 1) / RUN)
@@ -52,6 +55,7 @@
 
 #define HOPPER (__CUDA_ARCH__ >= 900)
 #define NONE (-1e30f)  // no score is as low
+#define LIMIT (SLIDING ? limit : capacity)
 #define INFINITY_ __int_as_float(0x7f800000)
 // e4m3 by shifting its bits into an fp16 is 2^8 too small.
 #if BITS == 8 && __CUDA_ARCH__ < 890
@@ -249,9 +253,9 @@ __device__ __forceinline__ void load_words(u32* words, const char* record, int l
 struct Ring {
     char* stages;
     u32 barriers;
-    const char* records;  // the first
+    const char* records;  // the first; of a window, where that of number 0 modulo the capacity lies
     const char* steps;
-    int count, lane;
+    int count, lane, place, capacity;  // place: of the next, of a window
 
     __device__ __forceinline__ void open() {
 #if HOPPER
@@ -265,9 +269,24 @@ struct Ring {
 #endif
     }
 
-    // Request a tile.
+    // Take the tiles from `first` on, WARPS apart, of a kv head's.
+    __device__ __forceinline__ void begin(const char* tiles, int first, int capacity_) {
+#if SLIDING
+        records = tiles, capacity = capacity_, place = (u32)first % (u32)capacity_;
+#else
+        records = tiles + (size_t)first * RECORD;
+#endif
+    }
+
+    // Request a tile, after the one before.
     __device__ __forceinline__ void request(int tile, int stage) {
+#if SLIDING
+        const char* record = records + (size_t)place * RECORD;
+        // A warp that has a second tile has no more warps than there are places.
+        if (tile < count && (place += WARPS) >= capacity) place -= capacity;
+#else
         const char* record = records + (size_t)tile * WARPS * RECORD;
+#endif
         const char* step = steps + (size_t)tile * WARPS * STEP;
         const u32 to = shared_address(stages + stage * STAGE);
 #if HOPPER
@@ -440,7 +459,7 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
           const u32* __restrict__ books, const uint4* __restrict__ channels, const float* __restrict__ inverse,
           const float2* __restrict__ angles, const char* __restrict__ steps, const u16* key_sinks,
           const u16* value_sinks, u16* __restrict__ y, float* __restrict__ partial, int* counters, float scale,
-          int capacity, int kv_heads, int sinks, int window) {
+          int capacity, int kv_heads, int sinks, int window, int limit, float skip) {
     extern __shared__ __align__(1024) char shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int head = blockIdx.y, batch = head / kv_heads, kv_head = head % kv_heads;
@@ -471,14 +490,15 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
 #if PDL
     // Before the wait the kernel before may still write the length and the tile of the newest token. The other
     // tiles are requested by what the length is now, and others if this block's turn out to be others.
-    now_length = min(max(__shfl_sync(ALL, now_length, 0), 1), 16 * capacity);
-    now_start = min(max(__shfl_sync(ALL, now_start, 0), 0), 16 * capacity);
+    now_length = min(max(__shfl_sync(ALL, now_length, 0), 1), 16 * LIMIT);
+    now_start = min(max(__shfl_sync(ALL, now_start, 0), 0), 16 * LIMIT);
 #endif
     const Share early(now_length, now_start, split, splits, capacity, sinks, window);
-    const int early_end = min(early.end, PDL ? (now_length - 1) >> 4 : capacity);
+    const int early_end = min(early.end, PDL ? (now_length - 1) >> 4 : LIMIT);
     const int early_count = max(early_end - early.begin - warp + WARPS - 1, 0) / WARPS;
     ring.count = early_count;
-    ring.records = tiles + ((size_t)head * capacity + early.begin + warp) * RECORD;
+    const char* own_tiles = tiles + (size_t)head * capacity * RECORD;
+    ring.begin(own_tiles, early.begin + warp, capacity);
     ring.steps = steps + (size_t)warp * STEP;
     ring.request(0, 0);
 
@@ -514,7 +534,7 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
     // Angles of the first tile, by which the query is turned back.
     constexpr int PAIRS = (D / 2 + 31) / 32;
     float2 back[PAIRS];
-    const float2* own_angles = angles + (size_t)(16 + min(early.begin, capacity - 1)) * (D / 2) + lane;
+    const float2* own_angles = angles + (size_t)(16 + min(early.begin, LIMIT - 1)) * (D / 2) + lane;
 #pragma unroll
     for (int r = 0; r < PAIRS; r++) back[r] = __ldg(own_angles + (D % 64 && lane + 32 * r >= D / 2 ? 0 : 32 * r));
 #if KEY_SLOTS
@@ -551,12 +571,12 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
     ring.count = max(share_.end - share_.begin - warp + WARPS - 1, 0) / WARPS;
     if (share_.begin != early.begin || share_.end != early.end) {
         ring.begin_again(min(early_count, EARLY));
-        ring.records = tiles + ((size_t)head * capacity + share_.begin + warp) * RECORD;
+        ring.begin(own_tiles, share_.begin + warp, capacity);
         phase = 1;
 #pragma unroll
         for (int s = 0; s < EARLY; s++) ring.request(s, s);
 #if CHANNELS
-        own_angles += (min(share_.begin, capacity - 1) - min(early.begin, capacity - 1)) * (D / 2);
+        own_angles += (min(share_.begin, LIMIT - 1) - min(early.begin, LIMIT - 1)) * (D / 2);
 #pragma unroll
         for (int r = 0; r < PAIRS; r++) back[r] = __ldg(own_angles + (D % 64 && lane + 32 * r >= D / 2 ? 0 : 32 * r));
 #endif
@@ -663,6 +683,9 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
     for (int s = EARLY; s < STAGES; s++) ring.request(s, s);
 
     float sum[FRAGMENTS][4], reference[2] = {NONE, NONE}, own_weight[2] = {0, 0}, own_offset[2] = {0, 0};
+#if SKIP
+    float highest[2] = {NONE, NONE};  // score of heads 2 t and 2 t + 1
+#endif
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) sum[f][0] = sum[f][1] = sum[f][2] = sum[f][3] = 0;
 
@@ -751,6 +774,22 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
                 if (slot < share_.first || slot >= share_.length) score[j] = -INFINITY_;
             }
         }
+#if SKIP
+        {
+            // A score that is no number is not below.
+            const float one = highest[0] - skip, two = highest[1] - skip;
+            if (!__any_sync(ALL, !(score[0] <= one && score[1] <= two && score[2] <= one && score[3] <= two))) continue;
+            if (__any_sync(ALL, fmaxf(score[0], score[2]) > highest[0] || fmaxf(score[1], score[3]) > highest[1])) {
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    highest[j] = fmaxf(highest[j], fmaxf(score[j], score[2 + j]));
+#pragma unroll
+                    for (int apart = 4; apart < 32; apart <<= 1)
+                        highest[j] = fmaxf(highest[j], __shfl_xor_sync(ALL, highest[j], apart));
+                }
+            }
+        }
+#endif
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float power = log_of_two(value_scale[r]);
