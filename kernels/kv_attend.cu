@@ -270,11 +270,12 @@ struct Ring {
     }
 
     // Take the tiles from `first` on, WARPS apart, of a kv head's.
-    __device__ __forceinline__ void begin(const char* tiles, int first, int capacity_) {
+    __device__ __forceinline__ void begin(const char* tiles, int head, int first, int capacity_) {
 #if SLIDING
-        records = tiles, capacity = capacity_, place = (u32)first % (u32)capacity_;
+        records = tiles + (size_t)head * capacity_ * RECORD;
+        capacity = capacity_, place = (u32)first % (u32)capacity_;
 #else
-        records = tiles + (size_t)first * RECORD;
+        records = tiles + ((size_t)head * capacity_ + first) * RECORD;
 #endif
     }
 
@@ -497,8 +498,7 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
     const int early_end = min(early.end, PDL ? (now_length - 1) >> 4 : LIMIT);
     const int early_count = max(early_end - early.begin - warp + WARPS - 1, 0) / WARPS;
     ring.count = early_count;
-    const char* own_tiles = tiles + (size_t)head * capacity * RECORD;
-    ring.begin(own_tiles, early.begin + warp, capacity);
+    ring.begin(tiles, head, early.begin + warp, capacity);
     ring.steps = steps + (size_t)warp * STEP;
     ring.request(0, 0);
 
@@ -571,7 +571,7 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
     ring.count = max(share_.end - share_.begin - warp + WARPS - 1, 0) / WARPS;
     if (share_.begin != early.begin || share_.end != early.end) {
         ring.begin_again(min(early_count, EARLY));
-        ring.begin(own_tiles, share_.begin + warp, capacity);
+        ring.begin(tiles, head, share_.begin + warp, capacity);
         phase = 1;
 #pragma unroll
         for (int s = 0; s < EARLY; s++) ring.request(s, s);

@@ -71,7 +71,7 @@ def plan(
     if given is None and torch.cuda.is_available():
         given = torch.cuda.mem_get_info()[0]
     cache = batch * round(found.cache * context + found.sinks + found.window)
-    plain = batch * round(found.plain * context + found.window)
+    plain = batch * round(found.plain * context + found.plain_window)
     document = {
         "checkpoint": name, "context": context, "batch": batch, "weight_bytes": found.weights,
         "dense_weight_bytes": found.dense, "bytes_per_token": found.read, "cache_bytes": cache,

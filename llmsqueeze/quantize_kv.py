@@ -33,7 +33,7 @@ from llmsqueeze.kv_record import KvRecord
 from llmsqueeze.methods import CALIBRATED_KV, kvquant
 from llmsqueeze.numerics.kv_codecs import Codebook, TokenCodec
 from llmsqueeze.runtime import load
-from llmsqueeze.runtime.kv_cache import packable
+from llmsqueeze.runtime.spans import coded_spans
 from llmsqueeze.shards import hash_file
 
 
@@ -111,8 +111,11 @@ def quantize_kv(
 
 def _record(checkpoint: Checkpoint, recipe: KvRecipe) -> KvRecord:
     """What the checkpoint will say, its tensors aside."""
-    layers = packable(checkpoint.model.config)
-    heads, width = _shape(checkpoint, layers[0])
+    known = coded_spans(checkpoint.model.config)
+    full = [layer for layer, span in known.items() if not span.window]
+    heads, width = _shape(checkpoint, (full or list(known))[0])
+    # One shape to a checkpoint: where layers of sliding attention have another, they stay as they are.
+    layers = [layer for layer in known if _shape(checkpoint, layer) == (heads, width)]
     record = KvRecord(recipe.method, recipe.bits, tuple(layers), heads, width)
     if recipe.method != CALIBRATED_KV:
         return record
@@ -159,19 +162,20 @@ def _calibrate(
     found: dict[int, Tensor] = {}
     if recipe.config.fisher:
         model = load(checkpoint, dtype, device)
-        turn = tables(model, length, dtype, device)
+        turns = tables(model, length, dtype, device)
         blocks = list(model.get_submodule(checkpoint.blocks_path))
-        found = gradients(model, blocks, tokens, turn, sinks=record.sinks, on_sample=on_gradient)
+        found = gradients(model, blocks, tokens, turns, sinks=record.sinks, on_sample=on_gradient)
         del model
     tensors: dict[str, Tensor] = {}
-    turn = None
+    turns = {}
     with torch.no_grad():
         for loaded in load_blocks(checkpoint, tokens, dtype, device, batches):
             started = time.monotonic()
             if loaded.index == 0:
-                turn = tables(loaded.model, length, dtype, device)
+                turns = tables(loaded.model, length, dtype, device)
             packed = loaded.index in record.layers
             sensing = packed and not recipe.config.plain and not recipe.config.fisher
+            turn = turns.get(loaded.index)
             seen = observe_block(loaded, batches, turn, sinks=record.sinks, sensing=sensing)
             if packed:
                 if recipe.config.fisher:

@@ -110,7 +110,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "bench": ("dense_gemv", "numerics", "ops", "errors"),
     "bench_model": ("bench", "checkpoint", "evaluate", "ops", "runtime", "errors"),
     "bench_cpu": ("bench", "bench_model", "checkpoint", "ops", "runtime", "errors"),
-    "capacity": ("checkpoint", "numerics", "runtime", "traffic"),
+    "capacity": ("checkpoint", "numerics", "ops", "runtime", "traffic"),
     "passkey": ("device", "evaluate", "errors"),
     "card": ("activation", "checkpoint", "kv_record", "recipe"),
     "kv_calibration": ("blocks", "numerics", "observe", "runtime.positions", "errors"),

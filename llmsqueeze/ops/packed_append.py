@@ -40,9 +40,9 @@ def kv_append(
     key, value: [batch, kv heads, 1, D], the key after the rotary embedding; length: [1] int32 on the device,
     how many tokens are cached, this one included; books: of encoding_books(), None for fp8. Of keys by
     channel: offset and scale, [kv heads, D] fp32, and angles: see coding_angles(); order and steps: see
-    feedback_constants(), None for none. tiles, length, padding, key_sinks, value_sinks, format,
-    window: as in kv_attend. On CUDA all is computed in fp32, here what kv_codecs computes in fp64 is: a number at a border
-    may be coded to either side.
+    feedback_constants(), None for none. tiles, length, padding, key_sinks, value_sinks, format, window: as
+    in kv_attend. On CUDA all is computed in fp32, here what kv_codecs computes in fp64 is: a number at a
+    border may be coded to either side.
     """
     shape = TileFormat.from_arguments(format)
     slot = (length - 1).long()
