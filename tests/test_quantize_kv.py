@@ -182,7 +182,7 @@ def test_gradients_are_without_dropout(tiny: Tiny) -> None:
     model = load(Checkpoint(tiny("opt", "float32", dropout=0.5)), torch.float32, CPU)
     blocks, ids = model.model.decoder.layers, tokens(2, 13)
     found = [
-        gradients(model, blocks, ids, None, sinks=1, on_sample=lambda done, total: None)
+        gradients(model, blocks, ids, {}, sinks=1, on_sample=lambda done, total: None)
         for _ in range(2)
     ]
     assert found[0].keys() == {0, 1, 2}

@@ -27,6 +27,9 @@ _HEADS = (
     (4, 1, 256),
     (8, 4, 256),
 )
+# Of all formats: Llama 3's and Mistral's heads; windows, and nats from which tiles are left out.
+_MISTRAL = (32, 8, 128)
+_ATTENDED = ((0, 0.0), (4096, 0.0), (0, 10.0))
 
 
 def all_variants(arch: str, dtype: torch.dtype) -> list[cuda.Variant]:
@@ -68,12 +71,16 @@ def all_variants(arch: str, dtype: torch.dtype) -> list[cuda.Variant]:
             q, k = (torch.zeros(1, n, 1, width, dtype=dtype) for n in (heads, kv_heads))
             k = k.expand(1, kv_heads, 128, width)
             kernels.attend(q, k, k, None, torch.zeros(kv_heads), 1.0)
-            for form in _formats(width, all_of=(heads, kv_heads, width) == (32, 8, 128)):
+            for form in _formats(width, all_of=(heads, kv_heads, width) == _MISTRAL):
                 tiles = torch.empty(1, kv_heads, 8, form.record, dtype=torch.uint8, device="meta")
-                kernels.kv_attend(
-                    q, tiles, q, None, None, None, None, None, None, None, None,
-                    torch.zeros(kv_heads), form.arguments(), 0, 1.0,
-                )  # fmt: skip
+                # With a window as Mistral-7B and Phi-3 have it, and leaving out what weighs little.
+                for window, skip in (
+                    _ATTENDED if (heads, kv_heads, width) == _MISTRAL else ((0, 0.0),)
+                ):
+                    kernels.kv_attend(
+                        q, tiles, q, None, None, None, None, None, None, None, None,
+                        torch.zeros(kv_heads), form.arguments(), window, 1.0, skip,
+                    )  # fmt: skip
                 key = k[:, :, :1]
                 kernels.kv_append(
                     key, key, tiles, q, None, None, None, None, None, None, None, None, None,
