@@ -113,7 +113,14 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "capacity": ("checkpoint", "numerics", "ops", "runtime", "traffic"),
     "passkey": ("device", "evaluate", "errors"),
     "card": ("activation", "checkpoint", "kv_record", "recipe"),
-    "kv_calibration": ("blocks", "numerics", "observe", "runtime.positions", "errors"),
+    "kv_calibration": (
+        "blocks",
+        "numerics",
+        "observe",
+        "runtime.positions",
+        "runtime.spans",
+        "errors",
+    ),
     "kv_recipe": ("methods", "recipe", "errors"),
     "units": (),
     "report": (
