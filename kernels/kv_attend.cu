@@ -20,7 +20,9 @@
 // Macros: those of kv_tiles.cu; GROUP, heads to a kv head, at most 8; TURN_KEYS, TURN_VALUES, by a Hadamard matrix;
 // ROTARY, how many channels the rotary embedding turns; WARPS of a block; STAGES of a ring; COPIES of the table,
 // 32 or, where shared memory is small, 8; HELD, constants of channels in registers; SLIDING, there is a window; SKIP,
-// tiles whose scores all lie further below the largest of their warp than `skip`, in powers of two, do not count.
+// tiles whose scores all lie further below the largest of their warp than `skip`, in powers of two, do not count;
+// FINE, columns of the second half of a product, where they would be those of the first again, have what fp16 leaves
+// of the queries; PAIRED, they have the next fragment's outliers of values.
 
 #define KEY_WORDS (BITS == 3 ? (FRAGMENTS + 3) / 4 * 3 : FRAGMENTS * BITS / 4)
 #define KEY_RUNS ((KEY_WORDS + RUN - 1) / RUN)
@@ -362,6 +364,7 @@ struct Outliers {
             entries[r] = transposed(__byte_perm(half_of(fminf(fmaxf(entry, -65504.f), 65504.f)), 0, 0x1010));
             channels[r] = transposed(channel | channel << 16);
             fragments[r] = channels[r] >> 4 & 0x000f000f;
+            if (PAIRED) fragments[r] ^= (g >> 2) * 0x10001;  // of an even one, the next in columns from 4 on
             channels[r] &= 0x000f000f;
         }
 #pragma unroll
@@ -401,6 +404,14 @@ __device__ __forceinline__ float2 outliers_scores(const char* shared, const char
 
 // The same of a lane's tokens g and g + 8.
 __device__ __forceinline__ void add_outliers(float* score, const char* shared, const char* record, int g, int t) {
+#if FINE
+    // Lanes t and t + 2 have the same heads, whose scores they are about to add up: a token each.
+    const float2 mine = outliers_scores(shared, record, g + 8 * (t >> 1), t);
+    if (t < 2)
+        score[0] += mine.x, score[1] += mine.y;
+    else
+        score[2] += mine.x, score[3] += mine.y;
+#else
     float2 one, two;
     if (COLUMNS <= 4) {  // lanes t and t + 2 have the same heads: a token each
         const float2 mine = outliers_scores(shared, record, g + 8 * (t >> 1), t);
@@ -412,6 +423,7 @@ __device__ __forceinline__ void add_outliers(float* score, const char* shared, c
         two = outliers_scores(shared, record, g + 8, t);
     }
     score[0] += one.x, score[1] += one.y, score[2] += two.x, score[3] += two.y;
+#endif
 }
 
 // Of four channels: numerators, and the denominator, as multiples of 2^most.
@@ -677,6 +689,13 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
         const float2 one = *(const float2*)(own + first_of(pair)), two = *(const float2*)(own + second_of(pair));
         queries[f][0] = halves(one.x, one.y);
         queries[f][1] = halves(two.x, two.y);
+#if FINE
+        if (g >= 4) {
+            const u32 q0 = queries[f][0], q1 = queries[f][1];
+            queries[f][0] = halves(one.x - half_low(q0), one.y - half_high(q0));
+            queries[f][1] = halves(two.x - half_low(q1), two.y - half_high(q1));
+        }
+#endif
     }
 
 #pragma unroll
@@ -688,6 +707,12 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
 #endif
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) sum[f][0] = sum[f][1] = sum[f][2] = sum[f][3] = 0;
+#if PAIRED
+    float pairs_sum[FRAGMENTS / 2][4];  // of outliers of values
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS / 2; f++)
+        pairs_sum[f][0] = pairs_sum[f][1] = pairs_sum[f][2] = pairs_sum[f][3] = 0;
+#endif
 
     for (int i = 0; i < ring.count; i++) {
         const char* record = ring.take(stage, phase);
@@ -765,6 +790,9 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
 #if KEY_SLOTS
             score[j] += outliers_score[j];
 #endif
+#if FINE
+            score[j] += __shfl_xor_sync(ALL, score[j], 2);
+#endif
         }
         const int token = (share_.begin + warp + i * WARPS) * 16;
         if (token < share_.first || token + 16 > share_.length) {
@@ -810,6 +838,10 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
                 own_offset[j] *= faded;
 #pragma unroll
                 for (int f = 0; f < FRAGMENTS; f++) sum[f][j] *= faded, sum[f][2 + j] *= faded;
+#if PAIRED
+#pragma unroll
+                for (int f = 0; f < FRAGMENTS / 2; f++) pairs_sum[f][j] *= faded, pairs_sum[f][2 + j] *= faded;
+#endif
             }
         }
         float share[4];
@@ -827,9 +859,24 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
             decoder.fragment(a, words, FRAGMENTS + f, 1);
             multiply(sum[f], a, p0, p1);
 #pragma unroll
-            for (int j = 0; j < VALUE_SLOTS; j++) outliers[j].add(sum[f], p0, p1, f);
+            for (int j = 0; j < VALUE_SLOTS; j++) {
+#if PAIRED
+                if (f % 2 == 0) outliers[j].add(pairs_sum[f / 2], p0, p1, f);
+#else
+                outliers[j].add(sum[f], p0, p1, f);
+#endif
+            }
         }
     }
+#if PAIRED
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS / 2; f++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            sum[2 * f][j] += pairs_sum[f][j];
+            sum[2 * f + 1][j] += __shfl_xor_sync(ALL, pairs_sum[f][j], 2);  // columns 4 further
+        }
+#endif
 
     // Over the lanes of a warp, then over warps.
 #pragma unroll

@@ -27,8 +27,7 @@ _HEADS = (
     (4, 1, 256),
     (8, 4, 256),
 )
-# Of all formats: Llama 3's and Mistral's heads; windows, and nats from which tiles are left out.
-_MISTRAL = (32, 8, 128)
+# Windows, as Mistral-7B and Phi-3 have one, and nats from which tiles are left out.
 _ATTENDED = ((0, 0.0), (4096, 0.0), (0, 10.0))
 
 
@@ -71,12 +70,10 @@ def all_variants(arch: str, dtype: torch.dtype) -> list[cuda.Variant]:
             q, k = (torch.zeros(1, n, 1, width, dtype=dtype) for n in (heads, kv_heads))
             k = k.expand(1, kv_heads, 128, width)
             kernels.attend(q, k, k, None, torch.zeros(kv_heads), 1.0)
-            for form in _formats(width, all_of=(heads, kv_heads, width) == _MISTRAL):
+            for form in _formats(width, all_of=(heads, kv_heads, width) == (32, 8, 128)):
                 tiles = torch.empty(1, kv_heads, 8, form.record, dtype=torch.uint8, device="meta")
-                # With a window as Mistral-7B and Phi-3 have it, and leaving out what weighs little.
-                for window, skip in (
-                    _ATTENDED if (heads, kv_heads, width) == _MISTRAL else ((0, 0.0),)
-                ):
+                default = form.bits == 4 and not form.key_scale and width == 128
+                for window, skip in _ATTENDED if default else _ATTENDED[:1]:
                     kernels.kv_attend(
                         q, tiles, q, None, None, None, None, None, None, None, None,
                         torch.zeros(kv_heads), form.arguments(), window, 1.0, skip,
