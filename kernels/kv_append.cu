@@ -129,8 +129,8 @@ kv_append(const u16* __restrict__ key, const u16* __restrict__ value, u8* __rest
     wait_for_input();
     const int slot = *length - 1, position = slot - (padding ? padding[batch] : 0);
     if (slot < 0 || slot >= limit * 16) __trap();
-    const int place = limit > capacity ? slot / 16 % capacity : slot / 16;
-    u8* record = tiles + ((size_t)own * capacity + place) * RECORD;
+    const int tile = limit > capacity ? slot / 16 % capacity : slot / 16;
+    u8* record = tiles + ((size_t)own * capacity + tile) * RECORD;
     const int token = slot % 16;
     if (position >= 0 && position < sinks)
         for (int i = threadIdx.x; i < D; i += THREADS) {

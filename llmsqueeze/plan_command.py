@@ -81,7 +81,8 @@ def plan(
     }  # fmt: skip
     rows = {
         "weights": f"{size(found.weights)} on the GPU, dense {size(found.dense)}",
-        "read per token": f"{size(found.read)} of weights, {size(round(found.cache * context))} of cache",
+        "read per token": f"{size(found.read)} of weights, "
+        f"{size(round(found.cache * context + found.window))} of cache",
         "KV cache": f"{size(cache)} for {batch} × {context} tokens, in 16 bits {size(plain)}",
         "in all": f"{size(found.weights + cache)}, dense {size(found.dense + plain)}",
     }

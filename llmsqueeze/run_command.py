@@ -92,6 +92,8 @@ def run(
         console.note(
             "the KV cache is unpacked at every step: there was no C++ compiler when llmsqueeze was installed"
         )
+    if skip_mass and decoder is None:
+        console.note("--skip-mass: nothing is left out where no kernel reads the cache as it is")
     for token in _tokens(model, decoder, ids, tokens):
         if not found:
             first = time.perf_counter()
@@ -152,8 +154,6 @@ def _decoder(console: Console, model: Any, length: int, skip_mass: float) -> Dec
         if not formats:
             raise
         console.note(f"the KV cache is unpacked at every step: {fault}")
-        if skip_mass:
-            console.note("--skip-mass: nothing is left out, since no kernel reads this cache")
         return None
 
 
