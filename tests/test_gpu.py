@@ -731,7 +731,8 @@ def test_attention_leaves_out_what_weighs_too_little(kind: str, bits: int, slots
     given = case.arguments(q, 0, 128**-0.5)
     whole = torch.ops.llmsqueeze.kv_attend(*given)
     largest = float(case.values.abs().max())
-    assert torch.equal(torch.ops.llmsqueeze.kv_attend(*given, 1e4), whole)
+    # Another kernel: a rounding may go the other way.
+    assert _off(torch.ops.llmsqueeze.kv_attend(*given, 1e4), whole.double()) < 1e-3
     for skip in (4.0, 8.0, 12.0, 16.0):
         found = torch.ops.llmsqueeze.kv_attend(*given, skip)
         assert all(
