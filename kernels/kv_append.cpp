@@ -274,7 +274,8 @@ void turn_back(float* x, const float* table, int64_t position, int64_t half, int
 
 extern "C" {
 
-// key, value: [batch][heads][D] of a kind; slot: where the token lies, below 16 · capacity. books: [2][2][2^bits], null
+// key, value: [batch][heads][D] of a kind; slot: where the token lies, in tile slot / 16
+// modulo the capacity. books: [2][2][2^bits], null
 // for fp8; offset, scale: [heads][D]; order: [heads][D] and steps: [heads][each], or null; table: of
 // coding_angles(), null for keys that are not coded before the rotary embedding. key_sinks, value_sinks:
 // [batch][heads][sinks][D] of the same kind.
@@ -292,7 +293,7 @@ void llmsqueeze_kv_append(const void* key, const void* value, uint8_t* tiles, in
     for (int64_t row = 0; row < batch; row++) {
         const int64_t position = slot - (padding ? padding[row] : 0);
         const auto record = [&](int64_t head) {
-            const int64_t tile = (row * heads + head) * capacity + slot / TILE;
+            const int64_t tile = (row * heads + head) * capacity + slot / TILE % capacity;
             return Record{form, tiles + tile * form.record(), slot % TILE};
         };
         for (int64_t h = 0; h < heads; h++) {

@@ -2,7 +2,8 @@
 // layout, numerics/kv_codecs.py for the codes, and ops/packed_append.py for what is computed.
 //
 // A block for every kv head of every sequence. key, value: [batch · kv heads][D]; tiles: [batch · kv heads]
-// [capacity] records; length: one number, this token included; padding: [batch] or null. books: [2][2][2^BITS], of K
+// [capacity] records, tile t at t modulo the capacity; length: one number, this token included; padding: [batch] or
+// null; limit: tiles that the length may reach. books: [2][2][2^BITS], of K
 // and of V the values that are chosen from and those they stand for, fp32. Of keys by channel, [kv heads][D] each:
 // offset and scale, and, or null, order: the channels in the order of their rounding; steps: [kv heads]
 // [steps_of_head], how each group's errors are passed on; angles: [16 + blocks][D / 2] cos and sin. key_sinks,
@@ -106,7 +107,8 @@ kv_append(const u16* __restrict__ key, const u16* __restrict__ value, u8* __rest
           const int* __restrict__ length, const int* __restrict__ padding, const float* __restrict__ books,
           const float* __restrict__ offset, const float* __restrict__ scale, const int* __restrict__ order,
           const float* __restrict__ steps, const float2* __restrict__ angles, u16* __restrict__ key_sinks,
-          u16* __restrict__ value_sinks, int steps_of_head, int capacity, int kv_heads, int sinks) {
+          u16* __restrict__ value_sinks, int steps_of_head, int capacity, int kv_heads, int sinks,
+          int limit) {
     extern __shared__ float shared[];
     __shared__ float book[2][2][BOOK], low_of[64], high_of[64];
     float *x = shared, *unit = x + D, *error = unit + D, *passing = error + D;  // then this head's steps
@@ -126,8 +128,9 @@ kv_append(const u16* __restrict__ key, const u16* __restrict__ value, u8* __rest
     let_next_start();
     wait_for_input();
     const int slot = *length - 1, position = slot - (padding ? padding[batch] : 0);
-    if (slot < 0 || slot >= capacity * 16) __trap();
-    u8* record = tiles + ((size_t)own * capacity + slot / 16) * RECORD;
+    if (slot < 0 || slot >= limit * 16) __trap();
+    const int tile = limit > capacity ? slot / 16 % capacity : slot / 16;
+    u8* record = tiles + ((size_t)own * capacity + tile) * RECORD;
     const int token = slot % 16;
     if (position >= 0 && position < sinks)
         for (int i = threadIdx.x; i < D; i += THREADS) {

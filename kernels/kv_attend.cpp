@@ -515,7 +515,7 @@ struct Call {
     const void *key_sinks, *value_sinks;
     int64_t length, capacity, kv_heads, group, sinks, window;
     int sinks_kind;
-    float scale;
+    float scale, skip;  // skip: in powers of two, 0 for none
 
     Book books[2];
     std::vector<float> queries, constants, factors, angles;
@@ -628,14 +628,16 @@ struct Call {
         float *tile = room, *scores = tile + WIDEST * TILE, *turned = scores + group * SPAN,
               *parts = turned + group * width(), *offsets = parts + group * TILE, *found = part(row, split);
         alignas(64) uint8_t bytes[128 * WIDEST / 16 * FP8 / 2];
-        const uint8_t* records = tiles + (row * capacity + first_tile) * form.record();
+        const auto record_of = [&](int64_t n) {  // a tile's place: its number modulo the capacity, where there is a window
+            return tiles + (row * capacity + (first_tile + n) % capacity) * form.record();
+        };
         const float* own = queries.data() + row * group * width();
         const int64_t fragments = form.fragments(), words = form.words();
         const int64_t key_words = form.bits == 3 ? (fragments + 3) / 4 * 3 : words / 2;
         const int64_t value_words = form.bits == 3 ? fragments / 4 * 3 : words / 2;
         const Turning turning{table ? constants.data() + head * width() * 2 : nullptr, angles.data()};
         for (int64_t n = 0; n < count; n++) {
-            const uint8_t* record = records + n * form.record();
+            const uint8_t* record = record_of(n);
             code.spread(form, record, 0, key_words, bytes);
             code.keys(bytes, width(), books[0], turning, tile);
             if (form.key_slots) add_key_outliers(record, head, tile);
@@ -656,13 +658,15 @@ struct Call {
                 if (slot + j < seen || slot + j >= length)
                     for (int64_t h = 0; h < group; h++) scores[h * SPAN + n * TILE + j] = -INFINITY;
         }
+        const uint32_t left_out = skip > 0 ? leave_out(scores, count) : 0;
         for (int64_t h = 0; h < group; h++) {
             code.numerators(scores + h * SPAN, count * TILE, found + group * width() + 2 * h);
         }
         std::memset(found, 0, group * width() * sizeof(float));
         std::fill_n(offsets, group * TILE, 0.f);
         for (int64_t n = 0; n < count; n++) {
-            const uint8_t* record = records + n * form.record();
+            if (left_out >> n & 1) continue;
+            const uint8_t* record = record_of(n);
             code.spread(form, record, value_words, words, bytes);
             code.values(bytes, width(), books[1], tile);
             float by[TILE], more[TILE] = {}, missing[MOST_SLOTS * TILE];
@@ -694,6 +698,21 @@ struct Call {
                 for (int64_t j = 0; j < TILE; j++) offset += offsets[h * TILE + j];
                 for (int64_t d = 0; d < width(); d++) found[h * width() + d] += offset;
             }
+    }
+
+    // Make scores of tiles that lie too far below the largest of their heads -inf. Returns a bit for each.
+    uint32_t leave_out(float* scores, int64_t count) const {
+        uint32_t low = (1u << count) - 1;
+        for (int64_t h = 0; h < group; h++) {
+            const float* own = scores + h * SPAN;
+            const float least = *std::max_element(own, own + count * TILE) - skip;
+            for (int64_t i = 0; i < count * TILE; i++)
+                if (!(own[i] <= least)) low &= ~(1u << i / TILE);  // what is no number is not below
+        }
+        for (int64_t h = 0; low && h < group; h++)
+            for (int64_t n = 0; n < count; n++)
+                if (low >> n & 1) std::fill_n(scores + h * SPAN + n * TILE, TILE, -INFINITY);
+        return low;
     }
 
     float unit() const { return form.bits == FP8 ? UNIT : 1; }
@@ -748,15 +767,15 @@ struct Call {
 
 extern "C" {
 
-// q, y: [batch][kv heads · group][D] fp32; tiles: [batch · kv heads][capacity] records; length: at most 16 · capacity.
-// padding: [batch] or null; books: [2][256][2] fp16, null for fp8. channels, inverse, table: null for keys with a
-// scale of their own, inverse also where they have no outliers; table: of 16 + capacity rows at least. key_sinks,
+// q, y: [batch][kv heads · group][D] fp32; tiles: [batch · kv heads][capacity] records; length: at most 16 · capacity,
+// but with a window, of which tiles may hold what it sees alone. skip: nats, 0 for none. padding: [batch] or null; books: [2][256][2] fp16, null for fp8. channels, inverse, table: null for keys with a
+// scale of their own, inverse also where they have no outliers; table: of 16 rows and one for every tile at least. key_sinks,
 // value_sinks: [batch · kv heads][sinks][D] of sinks_kind, or null. format: the fields of Format.
 void llmsqueeze_kv_attend(const float* q, const uint8_t* tiles, int64_t length, const int32_t* padding,
                           const uint8_t* books, const uint8_t* channels, const float* inverse, const float* table,
                           const void* key_sinks, const void* value_sinks, float* y, const int64_t* format,
                           int64_t batch, int64_t kv_heads, int64_t group, int64_t capacity, int64_t sinks,
-                          int64_t window, float scale, int sinks_kind, int isa, int threads) {
+                          int64_t window, float scale, float skip, int sinks_kind, int isa, int threads) {
     Call call{};
     std::memcpy(&call.form, format, sizeof(Format));
     call.code = code_for(call.form.bits, isa);
@@ -765,6 +784,7 @@ void llmsqueeze_kv_attend(const float* q, const uint8_t* tiles, int64_t length, 
     call.key_sinks = key_sinks, call.value_sinks = value_sinks;
     call.length = length, call.capacity = capacity, call.kv_heads = kv_heads, call.group = group;
     call.sinks = sinks, call.window = window, call.sinks_kind = sinks_kind, call.scale = scale;
+    call.skip = skip * LOG2_E;
     if (books) call.read_books(books);
     if (channels) {
         call.read_angles();

@@ -4,7 +4,9 @@
 //
 // q: [batch, heads, D]; tiles: [batch · kv heads][capacity] records; length: one number, padding: [batch] or
 // null. y: [batch, heads, D]. partial: [batch · kv heads][splits][PARTIAL] fp32, what a block found: sums
-// [GROUP][D], then largest scores and weights [GROUP][2]; counters: [batch · kv heads], zero before and after.
+// [GROUP][D], then largest scores and weights [GROUP][2]; counters: [batch · kv heads], zero before and after. limit:
+// tiles that the length may reach. Beyond the capacity it is where there is a window: a tile then lies at its number
+// modulo the capacity, which is a tile more than a window can touch, for the kernel before may write the newest.
 //
 // Blocks divide the tiles of a kv head, and each warp streams its own through a ring in shared memory. Products
 // are 16 tokens by 8 heads at a time: keys, 16 tokens × 16 channels, times queries, and values, 16 channels × 16
@@ -17,7 +19,10 @@
 //
 // Macros: those of kv_tiles.cu; GROUP, heads to a kv head, at most 8; TURN_KEYS, TURN_VALUES, by a Hadamard matrix;
 // ROTARY, how many channels the rotary embedding turns; WARPS of a block; STAGES of a ring; COPIES of the table,
-// 32 or, where shared memory is small, 8; HELD, constants of channels in registers.
+// 32 or, where shared memory is small, 8; HELD, constants of channels in registers; SLIDING, there is a window; SKIP,
+// tiles whose scores all lie further below the largest of their warp than `skip`, in powers of two, do not count;
+// FINE, columns of the second half of a product, where they would be those of the first again, have what fp16 leaves
+// of the queries; PAIRED, they have the next fragment's outliers of values.
 
 #define KEY_WORDS (BITS == 3 ? (FRAGMENTS + 3) / 4 * 3 : FRAGMENTS * BITS / 4)
 #define KEY_RUNS ((KEY_WORDS + RUN - 1) / RUN)
@@ -52,6 +57,7 @@
 
 #define HOPPER (__CUDA_ARCH__ >= 900)
 #define NONE (-1e30f)  // no score is as low
+#define LIMIT (SLIDING ? limit : capacity)
 #define INFINITY_ __int_as_float(0x7f800000)
 // e4m3 by shifting its bits into an fp16 is 2^8 too small.
 #if BITS == 8 && __CUDA_ARCH__ < 890
@@ -249,9 +255,9 @@ __device__ __forceinline__ void load_words(u32* words, const char* record, int l
 struct Ring {
     char* stages;
     u32 barriers;
-    const char* records;  // the first
+    const char* records;  // the first; of a window, where that of number 0 modulo the capacity lies
     const char* steps;
-    int count, lane;
+    int count, lane, place, capacity;  // place: of the next, of a window
 
     __device__ __forceinline__ void open() {
 #if HOPPER
@@ -265,9 +271,25 @@ struct Ring {
 #endif
     }
 
-    // Request a tile.
+    // Take the tiles from `first` on, WARPS apart, of a kv head's.
+    __device__ __forceinline__ void begin(const char* tiles, int head, int first, int capacity_) {
+#if SLIDING
+        records = tiles + (size_t)head * capacity_ * RECORD;
+        capacity = capacity_, place = (u32)first % (u32)capacity_;
+#else
+        records = tiles + ((size_t)head * capacity_ + first) * RECORD;
+#endif
+    }
+
+    // Request a tile, after the one before.
     __device__ __forceinline__ void request(int tile, int stage) {
+#if SLIDING
+        const char* record = records + (size_t)place * RECORD;
+        // A warp that has a second tile has no more warps than there are places.
+        if (tile < count && (place += WARPS) >= capacity) place -= capacity;
+#else
         const char* record = records + (size_t)tile * WARPS * RECORD;
+#endif
         const char* step = steps + (size_t)tile * WARPS * STEP;
         const u32 to = shared_address(stages + stage * STAGE);
 #if HOPPER
@@ -342,6 +364,7 @@ struct Outliers {
             entries[r] = transposed(__byte_perm(half_of(fminf(fmaxf(entry, -65504.f), 65504.f)), 0, 0x1010));
             channels[r] = transposed(channel | channel << 16);
             fragments[r] = channels[r] >> 4 & 0x000f000f;
+            if (PAIRED) fragments[r] ^= (g >> 2) * 0x10001;  // of an even one, the next in columns from 4 on
             channels[r] &= 0x000f000f;
         }
 #pragma unroll
@@ -381,6 +404,14 @@ __device__ __forceinline__ float2 outliers_scores(const char* shared, const char
 
 // The same of a lane's tokens g and g + 8.
 __device__ __forceinline__ void add_outliers(float* score, const char* shared, const char* record, int g, int t) {
+#if FINE
+    // Lanes t and t + 2 have the same heads, whose scores they are about to add up: a token each.
+    const float2 mine = outliers_scores(shared, record, g + 8 * (t >> 1), t);
+    if (t < 2)
+        score[0] += mine.x, score[1] += mine.y;
+    else
+        score[2] += mine.x, score[3] += mine.y;
+#else
     float2 one, two;
     if (COLUMNS <= 4) {  // lanes t and t + 2 have the same heads: a token each
         const float2 mine = outliers_scores(shared, record, g + 8 * (t >> 1), t);
@@ -392,6 +423,7 @@ __device__ __forceinline__ void add_outliers(float* score, const char* shared, c
         two = outliers_scores(shared, record, g + 8, t);
     }
     score[0] += one.x, score[1] += one.y, score[2] += two.x, score[3] += two.y;
+#endif
 }
 
 // Of four channels: numerators, and the denominator, as multiples of 2^most.
@@ -440,7 +472,7 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
           const u32* __restrict__ books, const uint4* __restrict__ channels, const float* __restrict__ inverse,
           const float2* __restrict__ angles, const char* __restrict__ steps, const u16* key_sinks,
           const u16* value_sinks, u16* __restrict__ y, float* __restrict__ partial, int* counters, float scale,
-          int capacity, int kv_heads, int sinks, int window) {
+          int capacity, int kv_heads, int sinks, int window, int limit, float skip) {
     extern __shared__ __align__(1024) char shared[];
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
     const int head = blockIdx.y, batch = head / kv_heads, kv_head = head % kv_heads;
@@ -471,14 +503,14 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
 #if PDL
     // Before the wait the kernel before may still write the length and the tile of the newest token. The other
     // tiles are requested by what the length is now, and others if this block's turn out to be others.
-    now_length = min(max(__shfl_sync(ALL, now_length, 0), 1), 16 * capacity);
-    now_start = min(max(__shfl_sync(ALL, now_start, 0), 0), 16 * capacity);
+    now_length = min(max(__shfl_sync(ALL, now_length, 0), 1), 16 * LIMIT);
+    now_start = min(max(__shfl_sync(ALL, now_start, 0), 0), 16 * LIMIT);
 #endif
     const Share early(now_length, now_start, split, splits, capacity, sinks, window);
-    const int early_end = min(early.end, PDL ? (now_length - 1) >> 4 : capacity);
+    const int early_end = min(early.end, PDL ? (now_length - 1) >> 4 : LIMIT);
     const int early_count = max(early_end - early.begin - warp + WARPS - 1, 0) / WARPS;
     ring.count = early_count;
-    ring.records = tiles + ((size_t)head * capacity + early.begin + warp) * RECORD;
+    ring.begin(tiles, head, early.begin + warp, capacity);
     ring.steps = steps + (size_t)warp * STEP;
     ring.request(0, 0);
 
@@ -514,7 +546,7 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
     // Angles of the first tile, by which the query is turned back.
     constexpr int PAIRS = (D / 2 + 31) / 32;
     float2 back[PAIRS];
-    const float2* own_angles = angles + (size_t)(16 + min(early.begin, capacity - 1)) * (D / 2) + lane;
+    const float2* own_angles = angles + (size_t)(16 + min(early.begin, LIMIT - 1)) * (D / 2) + lane;
 #pragma unroll
     for (int r = 0; r < PAIRS; r++) back[r] = __ldg(own_angles + (D % 64 && lane + 32 * r >= D / 2 ? 0 : 32 * r));
 #if KEY_SLOTS
@@ -551,12 +583,12 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
     ring.count = max(share_.end - share_.begin - warp + WARPS - 1, 0) / WARPS;
     if (share_.begin != early.begin || share_.end != early.end) {
         ring.begin_again(min(early_count, EARLY));
-        ring.records = tiles + ((size_t)head * capacity + share_.begin + warp) * RECORD;
+        ring.begin(tiles, head, share_.begin + warp, capacity);
         phase = 1;
 #pragma unroll
         for (int s = 0; s < EARLY; s++) ring.request(s, s);
 #if CHANNELS
-        own_angles += (min(share_.begin, capacity - 1) - min(early.begin, capacity - 1)) * (D / 2);
+        own_angles += (min(share_.begin, LIMIT - 1) - min(early.begin, LIMIT - 1)) * (D / 2);
 #pragma unroll
         for (int r = 0; r < PAIRS; r++) back[r] = __ldg(own_angles + (D % 64 && lane + 32 * r >= D / 2 ? 0 : 32 * r));
 #endif
@@ -657,14 +689,30 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
         const float2 one = *(const float2*)(own + first_of(pair)), two = *(const float2*)(own + second_of(pair));
         queries[f][0] = halves(one.x, one.y);
         queries[f][1] = halves(two.x, two.y);
+#if FINE
+        if (g >= 4) {
+            const u32 q0 = queries[f][0], q1 = queries[f][1];
+            queries[f][0] = halves(one.x - half_low(q0), one.y - half_high(q0));
+            queries[f][1] = halves(two.x - half_low(q1), two.y - half_high(q1));
+        }
+#endif
     }
 
 #pragma unroll
     for (int s = EARLY; s < STAGES; s++) ring.request(s, s);
 
     float sum[FRAGMENTS][4], reference[2] = {NONE, NONE}, own_weight[2] = {0, 0}, own_offset[2] = {0, 0};
+#if SKIP
+    float highest[2] = {NONE, NONE};  // score of heads 2 t and 2 t + 1
+#endif
 #pragma unroll
     for (int f = 0; f < FRAGMENTS; f++) sum[f][0] = sum[f][1] = sum[f][2] = sum[f][3] = 0;
+#if PAIRED
+    float pairs_sum[FRAGMENTS / 2][4];  // of outliers of values
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS / 2; f++)
+        pairs_sum[f][0] = pairs_sum[f][1] = pairs_sum[f][2] = pairs_sum[f][3] = 0;
+#endif
 
     for (int i = 0; i < ring.count; i++) {
         const char* record = ring.take(stage, phase);
@@ -742,6 +790,9 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
 #if KEY_SLOTS
             score[j] += outliers_score[j];
 #endif
+#if FINE
+            score[j] += __shfl_xor_sync(ALL, score[j], 2);
+#endif
         }
         const int token = (share_.begin + warp + i * WARPS) * 16;
         if (token < share_.first || token + 16 > share_.length) {
@@ -751,6 +802,22 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
                 if (slot < share_.first || slot >= share_.length) score[j] = -INFINITY_;
             }
         }
+#if SKIP
+        {
+            // A score that is no number is not below.
+            const float one = highest[0] - skip, two = highest[1] - skip;
+            if (!__any_sync(ALL, !(score[0] <= one && score[1] <= two && score[2] <= one && score[3] <= two))) continue;
+            if (__any_sync(ALL, fmaxf(score[0], score[2]) > highest[0] || fmaxf(score[1], score[3]) > highest[1])) {
+#pragma unroll
+                for (int j = 0; j < 2; j++) {
+                    highest[j] = fmaxf(highest[j], fmaxf(score[j], score[2 + j]));
+#pragma unroll
+                    for (int apart = 4; apart < 32; apart <<= 1)
+                        highest[j] = fmaxf(highest[j], __shfl_xor_sync(ALL, highest[j], apart));
+                }
+            }
+        }
+#endif
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             const float power = log_of_two(value_scale[r]);
@@ -771,6 +838,10 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
                 own_offset[j] *= faded;
 #pragma unroll
                 for (int f = 0; f < FRAGMENTS; f++) sum[f][j] *= faded, sum[f][2 + j] *= faded;
+#if PAIRED
+#pragma unroll
+                for (int f = 0; f < FRAGMENTS / 2; f++) pairs_sum[f][j] *= faded, pairs_sum[f][2 + j] *= faded;
+#endif
             }
         }
         float share[4];
@@ -788,9 +859,24 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
             decoder.fragment(a, words, FRAGMENTS + f, 1);
             multiply(sum[f], a, p0, p1);
 #pragma unroll
-            for (int j = 0; j < VALUE_SLOTS; j++) outliers[j].add(sum[f], p0, p1, f);
+            for (int j = 0; j < VALUE_SLOTS; j++) {
+#if PAIRED
+                if (f % 2 == 0) outliers[j].add(pairs_sum[f / 2], p0, p1, f);
+#else
+                outliers[j].add(sum[f], p0, p1, f);
+#endif
+            }
         }
     }
+#if PAIRED
+#pragma unroll
+    for (int f = 0; f < FRAGMENTS / 2; f++)
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            sum[2 * f][j] += pairs_sum[f][j];
+            sum[2 * f + 1][j] += __shfl_xor_sync(ALL, pairs_sum[f][j], 2);  // columns 4 further
+        }
+#endif
 
     // Over the lanes of a warp, then over warps.
 #pragma unroll

@@ -13,20 +13,25 @@ from typing import Any
 
 from llmsqueeze import _register
 from llmsqueeze._version import __version__
-from llmsqueeze.errors import EnvironmentFault, LlmsqueezeError
+from llmsqueeze.errors import EnvironmentFault, LlmsqueezeError, RecipeError
 
 __all__ = ["LlmsqueezeError", "__version__", "kv_cache", "lm_eval_model", "use_kernels"]
 
 
-def kv_cache(model: Any, tokens: int | None = None) -> Any:
+def kv_cache(model: Any, tokens: int | None = None, *, skip_mass: float = 0.0) -> Any:
     """A new, empty KV cache for a loaded model, quantised as its checkpoint says: for `generate` and calls.
 
     A transformers Cache; what it holds lies packed. tokens: for so many of every sequence, at a fixed place
-    that a kernel reads without unpacking it, on a CPU or on a GPU in 16 bits; prompts then are of one length,
-    come as one piece and attend to their own keys and values as they are. Without: it grows, and is unpacked
-    at every step. RecipeError when the checkpoint has no such format (`llmsqueeze quantize-kv`),
-    EnvironmentFault where no kernel reads it.
+    that a kernel reads without unpacking it, on a CPU or on a GPU in 16 bits; prompts may have padding in
+    front, and attend to their own keys and values as they are. Without: it grows, and is unpacked at every
+    step. skip_mass, with tokens: the share of its weight, say 0.001, that decode attention may leave out to
+    save work, in blocks of tokens that it all but ignores. RecipeError when the checkpoint has no such format
+    (`llmsqueeze quantize-kv`), EnvironmentFault where no kernel reads it.
     """
+    if not 0 <= skip_mass < 1 or (skip_mass and tokens is None):
+        raise RecipeError(
+            f"skip_mass {skip_mass}: give a share of 0 to below 1, and a number of tokens with it"
+        )
     from llmsqueeze.runtime.kv_cache import attached_cache, attached_formats
 
     if tokens is None:
@@ -42,10 +47,11 @@ def kv_cache(model: Any, tokens: int | None = None) -> Any:
             "a cache of so many tokens is read by a kernel: on CUDA in bfloat16 or float16, on a CPU where "
             "there was a C++ compiler when llmsqueeze was installed; leave tokens out"
         )
-    cache = fixed_cache(model, tokens, formats)
+    cache = fixed_cache(model, tokens, formats, skip_mass)
     if cache.is_compileable:
         raise EnvironmentFault(
-            "this model has layers of sliding attention, whose cache cannot lie in tiles; leave tokens out"
+            "some layers have no KV-cache format in this checkpoint; leave tokens out, or, where those "
+            "are of sliding attention, run quantize-kv again"
         )
     return cache
 

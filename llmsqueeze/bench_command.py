@@ -16,6 +16,7 @@ from llmsqueeze.command import (
     condition_options,
     device_option,
     open_checkpoint,
+    skip_mass_option,
 )
 from llmsqueeze.conditions import Condition
 from llmsqueeze.errors import RecipeError
@@ -104,6 +105,7 @@ of bfloat16 and float32. Quantised KV caches are refused there.
 )
 @click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
               help="[default: bfloat16 on a GPU, on a CPU float32 for what is compressed]")  # fmt: skip
+@skip_mass_option
 @condition_options
 @click.option("--min-speedup", type=float, metavar="TIMES",
               help="End with exit code 1 if decoding is not so many times as fast.")  # fmt: skip
@@ -112,7 +114,8 @@ of bfloat16 and float32. Quantised KV caches are refused there.
 @common
 def model(
     console: Console, checkpoint: str, prompt: int, compiled: bool | None, dtype: str | None,
-    fail_if: tuple[str, ...], min_speedup: float | None, device: str, offline: bool, cache_dir: Path,
+    skip_mass: float, fail_if: tuple[str, ...], min_speedup: float | None, device: str, offline: bool,
+    cache_dir: Path,
 ) -> None:  # fmt: skip
     if prompt < 16:
         raise RecipeError(f"--prompt {prompt}: at least 16 tokens are needed")
@@ -135,13 +138,21 @@ def model(
     compiled = gpu and compiled is not False
     dtype = dtype or ("bfloat16" if gpu else "float32")
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
+    if skip_mass and opened.kv_cache is None:
+        raise RecipeError("--skip-mass is about a quantised KV cache; run quantize-kv first")
     tokenizer = load_tokenizer(opened.path)
     tokens = evaluation_windows(None, tokenizer, seqlen=prompt, windows=1, bos=False).tokens[0]
     precision = getattr(torch, dtype)
     device_facts: dict[str, Any]
     if gpu:
         found = bench_model.compare(
-            opened, tokens, precision, where, compiled=compiled, note=console.note
+            opened,
+            tokens,
+            precision,
+            where,
+            compiled=compiled,
+            skip_mass=skip_mass,
+            note=console.note,
         )
         device_facts = {"gpu": torch.cuda.get_device_name(where)}
     else:
@@ -154,7 +165,8 @@ def model(
     document = {
         "schema": BENCH_MODEL, "checkpoint": name, "manifest_sha256": opened.manifest_sha256,
         **device_facts, "torch": torch.__version__,
-        "dtype": dtype, "prompt": prompt, "compiled": compiled, "formats": found.formats,
+        "dtype": dtype, "prompt": prompt, "compiled": compiled, "skip_mass": skip_mass,
+        "formats": found.formats,
         "dense": _speed(found.dense), "compressed": _speed(found.compressed),
         "speedup": found.speedup, "bound": found.bound, "error": found.error,
         "logit_error": found.logit_error, "same_tokens": found.same_tokens, "tokens": found.tokens,

@@ -85,9 +85,11 @@ def compare(
     device: torch.device,
     *,
     compiled: bool,
+    skip_mass: float = 0.0,
     note: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
-    """Greedy decoding behind a prompt [tokens]; batch 1. EnvironmentFault if the compressed one is wrong."""
+    """Greedy decoding behind a prompt [tokens]; batch 1. skip_mass: what attention may leave out, see
+    runtime.tiles. EnvironmentFault if the compressed one is wrong."""
     length = len(prompt) + STEPS * (REPEATS + 1) + 1
     note("dense")
     began = time.perf_counter()
@@ -111,7 +113,7 @@ def compare(
     if not error <= TOLERANCE:
         raise EnvironmentFault(f"{operator}: wrong result on this GPU (relative error {error:.2g})")
     formats = getattr(model, "llmsqueeze_kv_formats", None)
-    compressed, others = _speed(model, prompt, length, seconds, compiled, formats)
+    compressed, others = _speed(model, prompt, length, seconds, compiled, formats, skip_mass)
     same = agreement(tokens, others)
     return Comparison(
         dense, compressed, error, logit_error, same, len(tokens), dict(report.formats)
@@ -228,10 +230,10 @@ def count_dropped(model: nn.Module, tokens: list[int]) -> None:
 
 def _speed(
     model: nn.Module, prompt: Tensor, length: int, seconds: float, compiled: bool,
-    formats: Mapping[int, LayerFormat] | None = None,
+    formats: Mapping[int, LayerFormat] | None = None, skip_mass: float = 0.0,
 ) -> tuple[Speed, list[int]]:  # fmt: skip
     """How fast it is, and the first tokens it chose. formats: of a KV cache in tiles."""
-    decoder = Decoder(model, length, compiled=compiled, formats=formats)
+    decoder = Decoder(model, length, compiled=compiled, formats=formats, skip_mass=skip_mass)
     tokens = [int(token) for token in decoder.generate(prompt, STEPS)]
     cache = decoder.cache_bytes(len(prompt) + STEPS)
     step = _timing(lambda: [decoder.step() for _ in range(STEPS)], STEPS)

@@ -7,8 +7,10 @@ from math import prod
 
 from llmsqueeze.checkpoint import Checkpoint, PackedSource, Source
 from llmsqueeze.numerics.kv_tiles import TOKENS, TileFormat
+from llmsqueeze.ops.packed_attention import ring_tiles
 from llmsqueeze.runtime.kv_cache import LayerFormat, stored_formats
 from llmsqueeze.runtime.packed import LEAST_SPARSITY
+from llmsqueeze.runtime.spans import spans
 from llmsqueeze.traffic import bytes_per_token, stored_bytes
 
 # Bits of a non-zero in the layout of gaps, its share of gaps and starts included: with gaps of 3 and of 4
@@ -23,8 +25,9 @@ RESERVE = 2 * 10**9
 class Capacity:
     """Bytes. weights: on the device, dense: the same weights in 16 bits; read: of weights by one token,
     before its cache; cache: of one sequence's token, plain: with a cache of 16 bits; sinks: once for every
-    sequence; window: of layers of sliding attention, once for every sequence; kernel: whether attention
-    reads the cache as it lies. positions: that the model was built for, None if it does not say."""
+    sequence; window: of layers of sliding attention, once for every sequence, plain_window: in 16 bits;
+    kernel: whether attention reads the cache as it lies. positions: that the model was built for, None if it
+    does not say."""
 
     weights: int
     dense: int
@@ -33,13 +36,15 @@ class Capacity:
     plain: float
     sinks: int
     window: int
+    plain_window: int
     kernel: bool
     positions: int | None
 
     def longest(self, memory: int, batch: int, *, plain: bool = False) -> int:
         """Tokens that each of `batch` sequences can have in so much memory; 0: weights alone do not fit."""
         weights = self.dense if plain else self.weights
-        left = (memory - RESERVE - weights) / batch - self.window - (0 if plain else self.sinks)
+        left = (memory - RESERVE - weights) / batch
+        left -= self.plain_window if plain else self.window + self.sinks
         per_token = self.plain if plain else self.cache
         tokens = int(left // per_token) if left > 0 and per_token else 0
         return tokens // TOKENS * TOKENS
@@ -54,22 +59,24 @@ def capacity(checkpoint: Checkpoint) -> Capacity:
     formats: dict[int, LayerFormat] = {}
     if checkpoint.kv_cache:
         formats = stored_formats(checkpoint.kv_cache, checkpoint.read_kv_cache())
-    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    span = getattr(config, "sliding_window", None)
-    cache, sinks, window, full, kernel = 0.0, 0, 0, 0, bool(formats)
-    for index, kind in enumerate(types):
+    known = spans(config)
+    cache, sinks, window, plain_window, full, kernel = 0.0, 0, 0, 0, 0, bool(formats)
+    for index in range(config.num_hidden_layers):
+        span = known[index].window if index in known else 0
+        token: float = plain
         if index in formats:
             format = formats[index]
             form = TileFormat.of(format.keys, format.values, width, _rotary(config, width, format))
             kernel &= form is not None
             bits = 2 * format.bits_per_element(heads, width)
-            cache += heads * (form.record / TOKENS if form else width * bits / 8)
+            token = heads * (form.record / TOKENS if form else width * bits / 8)
             sinks += format.sinks * plain
-            full += 1
-        elif "sliding" in kind and span:
-            window += span * plain
+        if span:
+            held = TOKENS * ring_tiles(span) if index in formats else span
+            window += round(held * token)
+            plain_window += span * plain
         else:
-            cache += plain
+            cache += token
             full += 1
     gates = checkpoint.activation.gates.values() if checkpoint.activation else ()
     gated = {f"{member}.weight" for gate in gates for member in (*gate.members, *gate.rows)}
@@ -83,6 +90,7 @@ def capacity(checkpoint: Checkpoint) -> Capacity:
         plain=plain * full,
         sinks=sinks,
         window=window,
+        plain_window=plain_window,
         kernel=kernel,
         positions=positions if isinstance(positions, int) else None,
     )

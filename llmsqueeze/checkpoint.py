@@ -22,7 +22,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.initialization import no_init_weights
 
-from llmsqueeze import untrusted
 from llmsqueeze.activation import ActivationRecord, read_side_tensors, side_tensors
 from llmsqueeze.architectures import family_of
 from llmsqueeze.artifact import (
@@ -33,6 +32,7 @@ from llmsqueeze.artifact import (
     decode,
     read_manifest,
 )
+from llmsqueeze.config_file import check_config, read_config
 from llmsqueeze.encodings import ENCODINGS
 from llmsqueeze.errors import CheckpointError, SourceDamaged
 from llmsqueeze.kv_record import KvRecord, kv_tensors, read_kv_tensors
@@ -47,11 +47,6 @@ from llmsqueeze.shards import (
     read_headers,
 )
 
-# What config.json may choose attention by. Other names are of packages, or of code that transformers fetches.
-_ATTENTIONS = (None, "eager", "sdpa", "flex_attention")
-_ATTENTION_KEYS = ("attn_implementation", "_attn_implementation", "experts_implementation")
-# transformers makes a list of as many labels.
-_MOST_LABELS = 2**16
 # Rotary tables and the like, which are not stored: a model has some kilobytes of them.
 _MOST_TABLES = 64 * 2**20
 _WEIGHT_DTYPES = ("F32", "F16", "BF16")
@@ -82,7 +77,7 @@ class Checkpoint:
         """Raises CheckpointError with one line for everything that is wrong with `path`."""
         self.path = path
         self.config = read_config(path)
-        _check_config(path, self.config)
+        check_config(path, self.config)
         family = family_of(self.config)
         self.blocks_path = family.blocks
         self.residuals = family.residuals
@@ -317,7 +312,7 @@ class Checkpoint:
         record = self.kv_cache
         if record is None:
             return
-        heads, width = self.cache_shape(0)
+        heads, width = self.cache_shape(min(record.layers[0], self.block_count - 1))
         if max(record.layers) >= self.block_count or (record.heads, record.width) != (heads, width):
             raise CheckpointError(
                 f"{self.path}: {MANIFEST_NAME} quantises {record.heads} key-value heads of {record.width} up "
@@ -451,46 +446,6 @@ class ChangingCheckpoint(Checkpoint):
     @property
     def kv_cache(self) -> KvRecord | None:
         return None
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """config.json as a dictionary."""
-    file = path / "config.json"
-    try:
-        config = untrusted.read_json(file, twice=True)  # as transformers, which reads it again
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no config.json, so this is not a checkpoint") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} {untrusted.reason(error)}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: not a JSON object")
-    return config
-
-
-def _check_config(path: Path, config: dict[str, Any]) -> None:
-    """CheckpointError on what would let transformers run other code, read other weights or never end."""
-    file = path / "config.json"
-    for key in _ATTENTION_KEYS:
-        if config.get(key) not in _ATTENTIONS:
-            raise CheckpointError(
-                f"{file}: {key} is {config[key]!r}, for which transformers may fetch and run code; take the "
-                "key out"
-            )
-    if "transformers_weights" in config:
-        raise CheckpointError(f"{file} names its weights by transformers_weights; take the key out")
-    if (path / "adapter_config.json").exists():
-        raise CheckpointError(
-            f"{path}: has an adapter (adapter_config.json), which changes the weights; merge it first, or "
-            "move it away"
-        )
-    for key in ("num_labels", "_num_labels"):
-        if not 0 <= _whole(config.get(key, 0)) <= _MOST_LABELS:
-            raise CheckpointError(f"{file}: {key} is {config[key]!r}")
-
-
-def _whole(value: Any) -> int:
-    """-1 for what is no whole number."""
-    return value if type(value) is int else -1
 
 
 def place(

@@ -234,6 +234,14 @@ def calibration_options(
     return add
 
 
+def skip_mass_option(body: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--skip-mass", type=click.FloatRange(0, 1, max_open=True), default=0.0, metavar="SHARE",
+        help="Share of its weight, say 0.001, that decode attention over a quantised KV cache may leave "
+        "out, in blocks of tokens that it all but ignores.  [default: 0, nothing]",
+    )(body)  # fmt: skip
+
+
 def backend_option(body: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--backend", type=click.Choice(["kernels", "reference"]),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from llmsqueeze.errors import CalibrationError
 from llmsqueeze.numerics.rope import unrotate
 from llmsqueeze.observe import Attention, observing
 from llmsqueeze.runtime.positions import rope_of
+from llmsqueeze.runtime.spans import spans
 
 # Queries of every sample and head that are looked at, and keys drawn for each by how much it reads them.
 QUERIES, DRAWS = 128, 8
@@ -36,14 +37,20 @@ class Seen:
 
 def tables(
     model: Any, length: int, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, Tensor] | None:
-    """cos and sin [length, R] fp32 of the first positions in layers of full attention; None without rope."""
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Layer → cos and sin [length, R] fp32 of the first positions; of none without rotary embedding."""
     rope = rope_of(model)
     if rope is None:
-        return None
+        return {}
     ids = torch.arange(length, device=device)[None]
-    cos, sin = rope.at(ids, "full_attention" if rope.by_layer else None, dtype)
-    return cos[0].float(), sin[0].float()
+    known = spans(model.config)
+    kinds = {span.kind if rope.by_layer else None for span in known.values()}
+    found = {kind: [t[0].float() for t in rope.at(ids, kind, dtype)] for kind in kinds}
+    return {
+        layer: (cos, sin)
+        for layer, span in known.items()
+        for cos, sin in [found[span.kind if rope.by_layer else None]]
+    }
 
 
 def observe_block(
@@ -56,9 +63,9 @@ def observe_block(
 ) -> Seen:
     """Run the block over the calibration tokens, once; its activations then are those of the next one.
 
-    turn: of tables(). sinks: first tokens of every sample, which do not count. sensing: whether to draw
-    pairs of queries and keys as attention does, whose queries are the directions that a key's error acts
-    in: the second derivative of softmax, p (1 − p) q qᵀ.
+    turn: of tables(), this layer's. sinks: first tokens of every sample, which do not count. sensing:
+    whether to draw pairs of queries and keys as attention does, whose queries are the directions that a
+    key's error acts in: the second derivative of softmax, p (1 − p) q qᵀ.
     """
     run = loaded.run
     assert run is not None
@@ -92,7 +99,7 @@ def gradients(
     model: Any,
     blocks: Sequence[nn.Module],
     tokens: Tensor,
-    turn: tuple[Tensor, Tensor] | None,
+    turns: Mapping[int, tuple[Tensor, Tensor]],
     *,
     sinks: int,
     on_sample: Callable[[int, int], None],
@@ -107,7 +114,7 @@ def gradients(
     def see(attention: Attention) -> None:
         def keep(gradient: Tensor, layer: int = attention.layer) -> None:
             own = gradient[0].float()
-            own = unrotate(own, *turn) if turn else own
+            own = unrotate(own, *turns[layer]) if layer in turns else own
             found.setdefault(layer, []).append(own[:, sinks::STRIDE].cpu())
 
         attention.key.register_hook(keep)

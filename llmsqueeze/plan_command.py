@@ -71,7 +71,7 @@ def plan(
     if given is None and torch.cuda.is_available():
         given = torch.cuda.mem_get_info()[0]
     cache = batch * round(found.cache * context + found.sinks + found.window)
-    plain = batch * round(found.plain * context + found.window)
+    plain = batch * round(found.plain * context + found.plain_window)
     document = {
         "checkpoint": name, "context": context, "batch": batch, "weight_bytes": found.weights,
         "dense_weight_bytes": found.dense, "bytes_per_token": found.read, "cache_bytes": cache,
@@ -81,7 +81,8 @@ def plan(
     }  # fmt: skip
     rows = {
         "weights": f"{size(found.weights)} on the GPU, dense {size(found.dense)}",
-        "read per token": f"{size(found.read)} of weights, {size(round(found.cache * context))} of cache",
+        "read per token": f"{size(found.read)} of weights, "
+        f"{size(round(found.cache * context + found.window))} of cache",
         "KV cache": f"{size(cache)} for {batch} × {context} tokens, in 16 bits {size(plain)}",
         "in all": f"{size(found.weights + cache)}, dense {size(found.dense + plain)}",
     }

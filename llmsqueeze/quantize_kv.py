@@ -35,7 +35,7 @@ from llmsqueeze.kv_record import KvRecord
 from llmsqueeze.methods import CALIBRATED_KV, kvquant
 from llmsqueeze.numerics.kv_codecs import Codebook, TokenCodec
 from llmsqueeze.runtime import load
-from llmsqueeze.runtime.kv_cache import packable
+from llmsqueeze.runtime.spans import coded_spans
 from llmsqueeze.work import Work
 
 
@@ -144,8 +144,11 @@ def quantize_kv(
 
 def _record(checkpoint: Checkpoint, recipe: KvRecipe) -> KvRecord:
     """What the checkpoint will say, its tensors aside."""
-    layers = packable(checkpoint.model.config)
-    heads, width = checkpoint.cache_shape(layers[0])
+    known = coded_spans(checkpoint.model.config)
+    full = [layer for layer, span in known.items() if not span.window]
+    heads, width = checkpoint.cache_shape((full or list(known))[0])
+    # One shape to a checkpoint: where layers of sliding attention have another, they stay as they are.
+    layers = [layer for layer in known if checkpoint.cache_shape(layer) == (heads, width)]
     record = KvRecord(recipe.method, recipe.bits, tuple(layers), heads, width)
     if recipe.method != CALIBRATED_KV:
         return record
@@ -219,7 +222,7 @@ def _calibrate(
     tensors: dict[str, Tensor] = dict(trail.found.get("tensors", {}))
     batch = min(batch, trail.found.get("batch", batch))
     batches = cut_batches(tokens, batch, 0)
-    turn = None
+    turns: dict[int, Any] | None = None
 
     def capture() -> dict[str, Any]:
         return {"tensors": dict(tensors), "batch": batch}
@@ -227,10 +230,11 @@ def _calibrate(
     with torch.no_grad():
         for loaded in load_blocks(checkpoint, tokens, dtype, device, batches, start=trail.start):
             started = time.monotonic()
-            if turn is None:
-                turn = tables(loaded.model, length, dtype, device)
+            if turns is None:
+                turns = tables(loaded.model, length, dtype, device)
             packed = loaded.index in record.layers
             sensing = packed and not recipe.config.plain and not recipe.config.fisher
+            turn = turns.get(loaded.index)
             seen = observe_block(loaded, batches, turn, sinks=record.sinks, sensing=sensing)
             if packed:
                 if recipe.config.fisher:

@@ -17,6 +17,7 @@ from llmsqueeze.command import (
     common,
     device_option,
     open_checkpoint,
+    skip_mass_option,
 )
 from llmsqueeze.errors import EnvironmentFault, RecipeError
 from llmsqueeze.recipe import DTYPES
@@ -44,13 +45,14 @@ cache as it is. A checkpoint's KV-cache format and activation thresholds are use
 @click.option("--raw", is_flag=True, help="No chat template.")
 @click.option("--dtype", type=click.Choice(DTYPES), default="auto", show_default=True,
               help="Precision; auto: the checkpoint's on a GPU, float32 on a CPU.")  # fmt: skip
+@skip_mass_option
 @backend_option
 @device_option
 @checkpoint_options
 @common
 def run(
     console: Console, checkpoint: str, prompt: str | None, tokens: int, raw: bool, dtype: str,
-    backend: str | None, device: str, offline: bool, cache_dir: Path,
+    skip_mass: float, backend: str | None, device: str, offline: bool, cache_dir: Path,
 ) -> None:  # fmt: skip
     if tokens < 1:
         raise RecipeError(f"--tokens {tokens}: at least one token is needed")
@@ -66,6 +68,8 @@ def run(
 
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
+    if skip_mass and opened.kv_cache is None:
+        raise RecipeError("--skip-mass is about a quantised KV cache; run quantize-kv first")
     tokenizer = load_tokenizer(opened.path)
     with tokenizing():
         ids = _encode(tokenizer, text, raw)
@@ -88,11 +92,13 @@ def run(
     first = began
     decoder = None
     if opened.kv_cache is None or backend == "kernels":
-        decoder = _decoder(console, model, len(ids) + tokens)
+        decoder = _decoder(console, model, len(ids) + tokens, skip_mass)
     elif where.type == "cpu" and not built:
         console.note(
             "the KV cache is unpacked at every step: there was no C++ compiler when llmsqueeze was installed"
         )
+    if skip_mass and decoder is None:
+        console.note("--skip-mass: nothing is left out where no kernel reads the cache as it is")
     for token in _tokens(model, decoder, ids, tokens):
         if not found:
             first = time.perf_counter()
@@ -140,13 +146,13 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
     return {token for token in flat if token is not None}
 
 
-def _decoder(console: Console, model: Any, length: int) -> Decoder | None:
+def _decoder(console: Console, model: Any, length: int, skip_mass: float) -> Decoder | None:
     """Over the cache of the checkpoint's format, if it has one; None where no kernel reads that."""
     from llmsqueeze.runtime.generate import Decoder
 
     formats = getattr(model, "llmsqueeze_kv_formats", None)
     try:
-        return Decoder(model, length, formats=formats)
+        return Decoder(model, length, formats=formats, skip_mass=skip_mass)
     except EnvironmentFault as fault:
         if not formats:
             raise

@@ -104,3 +104,27 @@ def test_gaps_take_about_what_is_said(sparsity: float) -> None:
     taken = sum(b.numel() * b.element_size() for b in linear.buffers())
     bits = GAP_BITS[sparsity >= WIDE_GAPS]
     assert int(weight.count_nonzero()) * bits / 8 == pytest.approx(taken, rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["kvquant", "rotate"])
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_windows_take_what_their_rings_do(
+    cli: Any, tiny: Any, text_file: Path, tmp_path: Path, family: str, method: str
+) -> None:
+    out = tmp_path / "kv"
+    source = tiny(family, **WIDE, max_position_embeddings=512)
+    args = ["--method", method, "--device", "cpu", "-q"]
+    if method == "kvquant":
+        args += ["--calib", text_file, "--samples", 2, "--seqlen", 48]
+    assert cli("quantize-kv", source, "-o", out, *args).exit_code == 0
+    checkpoint = Checkpoint(out)
+    assert checkpoint.kv_cache and len(checkpoint.kv_cache.layers) == checkpoint.block_count
+    found = capacity(checkpoint)
+    model = load(checkpoint, torch.bfloat16, CPU)
+    decoder = Decoder(model, 160, formats=model.llmsqueeze_kv_formats)
+    list(decoder.generate(PROMPT, 2))
+    taken = sum(layer.nbytes for layer in decoder.cache.layers)
+    assert taken == found.cache * 160 + found.sinks + found.window
+    sliding = sum(bool(layer.window) for layer in decoder.cache.layers)
+    assert found.plain_window == sliding * 6 * 4 * 3 * 64
+    assert found.plain == (len(decoder.cache.layers) - sliding) * 4 * 3 * 64

@@ -682,3 +682,159 @@ def test_a_cache_in_tiles_decodes_in_a_graph(name: str) -> None:
     assert generated[:3].tolist() == twice[0][:3]
     compiled = Decoder(model, 64, compiled=True, formats=formats)
     assert [int(token) for token in compiled.generate(PROMPT, 12)][:3] == twice[0][:3]
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "slots", "limit"),
+    [("fp8", 8, 0, 1e-3), ("rotated", 3, 0, 1e-3), ("channels", 4, 1, 3e-3), ("channels-turned", 3, 0, 3e-3)],
+)  # fmt: skip
+@pytest.mark.parametrize("width", [64, 96, 128, 256])
+def test_a_window_over_a_ring_of_tiles(
+    kind: str, bits: int, slots: int, limit: float, width: int
+) -> None:
+    from llmsqueeze.ops import kv_attend
+    from llmsqueeze.ops.packed_attention import ring_tiles
+    from tests.test_kv_attend import make_case, query_for
+
+    for tokens, window, padding, group in (
+        (3000, 1024, None, 4), (3001, 1000, (0, 2500), 1), (40, 100, None, 8), (333, 17, (3, 320), 5),
+        (97, 1, None, 2), (2049, 2048, None, 3),
+    ):  # fmt: skip
+        case = make_case(
+            kind, bits, width=width, tokens=tokens, padding=padding, sinks=2, slots=slots,
+            ring=ring_tiles(window), spare=256, device="cuda",
+        )  # fmt: skip
+        q = query_for(case, group, torch.bfloat16)
+        for skip in (0.0, 50.0):
+            given = (*case.arguments(q, window, width**-0.5), skip)
+            found = torch.ops.llmsqueeze.kv_attend(*given)
+            expected = kv_attend(q.float(), *given[1:])  # type: ignore[arg-type]
+            assert _off(found, expected.double()) < limit + ROUNDING[torch.bfloat16], (tokens, skip)
+            assert torch.equal(found, torch.ops.llmsqueeze.kv_attend(*given))
+            counters = given[11]
+            assert isinstance(counters, torch.Tensor) and not bool(counters.any())
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits", "slots"),
+    [("fp8", 8, 0), ("rotated", 4, 0), ("channels", 4, 0), ("channels", 4, 1), ("channels", 3, 1)],
+)
+def test_attention_leaves_out_what_weighs_too_little(kind: str, bits: int, slots: int) -> None:
+    import math
+
+    from tests.test_kv_attend import make_case, peaked, query_for
+
+    case = make_case(
+        kind, bits, width=128, tokens=9000, slots=slots, sinks=2, device="cuda", spare=64
+    )
+    q = peaked(case, query_for(case, 4, torch.bfloat16), 40.0)
+    given = case.arguments(q, 0, 128**-0.5)
+    whole = torch.ops.llmsqueeze.kv_attend(*given)
+    largest = float(case.values.abs().max())
+    # Another kernel: a rounding may go the other way.
+    assert _off(torch.ops.llmsqueeze.kv_attend(*given, 1e4), whole.double()) < 1e-3
+    for skip in (4.0, 8.0, 12.0, 16.0):
+        found = torch.ops.llmsqueeze.kv_attend(*given, skip)
+        assert all(
+            torch.equal(found, torch.ops.llmsqueeze.kv_attend(*given, skip)) for _ in range(5)
+        )
+        bound = 2 * largest * min(1.0, 9000 * math.exp(-skip)) + 0.02 * largest
+        assert float((found.double() - whole.double()).abs().max()) < bound
+    q[:] = torch.nan
+    y = torch.ops.llmsqueeze.kv_attend(q, *given[1:], 8.0)
+    assert bool(y.isnan().all())
+
+
+@pytest.mark.parametrize("case", [0, 3, 6, 8])
+def test_tokens_are_coded_into_a_ring_as_on_the_cpu(case: int) -> None:
+    from llmsqueeze.numerics.kv_tiles import TileFormat, read_fields
+    from tests.test_kv_append import CASES, COUNT, HEADS, codecs, constants, one_by_one
+
+    kind, bits, width, slots = CASES[case]
+    keys, values = codecs(kind, bits, width, slots)
+    format = TileFormat.of(keys, values, width, width if keys.pre_rope else 0)
+    assert format is not None
+    key, value = torch.randn(2, 2, HEADS, COUNT, width).bfloat16()
+    found = []
+    for device in ("cpu", "cuda"):
+        tiles = format.empty(2, HEADS, 32, torch.device(device))
+        known = constants(keys, values, format, 4, device)
+        one_by_one(key.to(device), value.to(device), tiles, format, known, window=16)
+        found.append(read_fields(tiles.cpu(), format))
+    for one, two in zip(found[0].all()[:2], found[1].all()[:2], strict=True):
+        assert float((one != two).float().mean()) < 4e-3
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # inductor's own
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+@pytest.mark.parametrize("name", ["fp8", "rotate:3", "kvquant:4", "plain:4"])
+def test_a_ring_of_tiles_decodes_in_a_graph(family: str, name: str) -> None:
+    """Far beyond where it begins again."""
+    from llmsqueeze.runtime.generate import Decoder
+    from llmsqueeze.runtime.kv_cache import packed_cache
+    from tests.test_tiles import LONG, formats_for, stepwise, wide_model
+
+    torch._dynamo.reset()  # what other tests compiled counts towards a limit
+    model = wide_model(family, max_position_embeddings=256).to(torch.float16).cuda()
+    formats = {i: f.to(torch.device("cuda")) for i, f in formats_for(model, name).items()}
+    ids = LONG.cuda()
+    with torch.no_grad():
+        exact = model(ids[None]).logits[0].float()
+    expected = stepwise(model, packed_cache(model, formats), ids).float()
+    model.set_attn_implementation("sdpa")
+    decoder = Decoder(model, 200, formats=formats)
+    assert any(layer.tiles.shape[2] == 2 for layer in decoder.cache.layers)
+    decoder.cache.reset()
+    found = stepwise(model, decoder.cache, ids).float()
+    lost = float((expected - exact).norm())
+    assert float((found - exact).norm()) < 1.3 * lost + 0.002 * float(exact.norm())
+    # The graph's steps are the same ones.
+    twice = [[int(token) for token in decoder.generate(LONG[:40], 90)] for _ in range(2)]
+    assert twice[0] == twice[1]
+    replayed = [layer.tiles.clone() for layer in decoder.cache.layers]
+    decoder.cache.reset()
+    fed = torch.cat([LONG[:40], torch.tensor(twice[0][:-1])]).cuda()
+    options = decoder._options
+    with torch.no_grad():
+        model(fed[None, :40], **options)
+        for i in range(40, len(fed)):
+            model(fed[None, i : i + 1], **options)
+    for layer, tiles in zip(decoder.cache.layers, replayed, strict=True):
+        assert float((layer.tiles != tiles).float().mean()) < 1e-3
+    compiled = Decoder(model, 200, compiled=True, formats=formats)
+    assert [int(token) for token in compiled.generate(LONG[:40], 20)][:3] == twice[0][:3]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
+@pytest.mark.parametrize("name", ["fp8", "rotate:4", "kvquant:4"])
+def test_padded_rows_and_pieces_over_tiles(family: str, name: str) -> None:
+    from llmsqueeze.evaluate import cache_options
+    from llmsqueeze.runtime.generate import fixed_cache
+    from tests.test_tiles import LONG, formats_for, in_pieces, wide_model
+
+    model = wide_model(family, max_position_embeddings=128).to(torch.float16).cuda()
+    formats = {i: f.to(torch.device("cuda")) for i, f in formats_for(model, name).items()}
+    rows = [LONG[:41], LONG[20:39], LONG[3:36]]
+    ids = torch.stack([torch.nn.functional.pad(row, (41 - len(row), 0)) for row in rows]).cuda()
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4, "eos_token_id": None}
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+
+    def answer(ids: torch.Tensor) -> torch.Tensor:
+        given = options | cache_options(model, fixed_cache(model, 64, formats))
+        found = model.generate(ids, attention_mask=(ids != 0).long(), **given)
+        return torch.stack(found.logits, dim=1).float()
+
+    together = answer(ids)
+    for row, one in enumerate(rows):
+        off = (together[row] - answer(one[None].cuda())[0]).abs().amax(-1)
+        assert float(off[0]) < 0.01 and float(off[1]) < 0.03
+    with torch.no_grad():
+        exact = model(LONG[None].cuda()).logits[0].float()
+    cache = fixed_cache(model, 80, formats)
+    found = in_pieces(model, cache, LONG.cuda(), (9, 1, 1, 23, 1, 30, 1, 1, 3)).float()
+    single = fixed_cache(model, 80, formats)
+    ones = in_pieces(model, single, LONG.cuda(), (1,) * 70).float()
+    # What a piece sees of itself is not coded yet.
+    assert float((found - exact).norm()) < 1.1 * float((ones - exact).norm()) + 0.002 * float(
+        exact.norm()
+    )

@@ -83,7 +83,7 @@ CASES = [
 def one_by_one(
     key: Tensor, value: Tensor, tiles: Tensor, format: TileFormat, known: dict[str, Any],
     padding: Tensor | None = None, sinks: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
-    append: Callable[..., None] = torch.ops.llmsqueeze.kv_append,
+    append: Callable[..., None] = torch.ops.llmsqueeze.kv_append, window: int = 0,
 ) -> None:  # fmt: skip
     length = torch.zeros(1, dtype=torch.int32, device=key.device)
     for token in range(key.shape[2]):
@@ -91,7 +91,7 @@ def one_by_one(
         append(
             key[:, :, token : token + 1], value[:, :, token : token + 1], tiles, length, padding,
             known["books"], known["offset"], known["scale"], known["order"], known["steps"],
-            known["angles"], *sinks, format.arguments(),
+            known["angles"], *sinks, format.arguments(), window,
         )  # fmt: skip
 
 
@@ -125,3 +125,28 @@ def test_tokens_are_coded_as_all_at_once(
     for one, other in zip(found[:2], wanted[:2], strict=True):
         assert float((one != other).float().mean()) < 2e-3
     assert torch.equal(found[2], wanted[2])
+
+
+@pytest.mark.parametrize(("kind", "bits", "width", "slots"), CASES[::3])
+@pytest.mark.parametrize("append", [torch.ops.llmsqueeze.kv_append, kv_append])
+def test_a_window_keeps_the_last_tiles(
+    kind: str, bits: int, width: int, slots: int, append: Callable[..., None]
+) -> None:
+    keys, values = codecs(kind, bits, width, slots)
+    format = TileFormat.of(keys, values, width, width if keys.pre_rope else 0)
+    assert format is not None
+    key, value = torch.randn(2, 1, HEADS, COUNT, width).bfloat16()
+    whole = format.empty(1, HEADS, COUNT, torch.device("cpu"))
+    known = constants(keys, values, format, whole.shape[2])
+    one_by_one(key, value, whole, format, known, append=append)
+    ring = format.empty(1, HEADS, 32, torch.device("cpu"))
+    one_by_one(key, value, ring, format, known, append=append, window=16)
+    assert torch.equal(ring[:, :, 1], whole[:, :, 1])
+    # Of the newest tile, which lies where the first was, what is new.
+    found, wanted = (
+        kv_tiles.read_fields(t, format).all() for t in (ring[:, :, :1], whole[:, :, 2:])
+    )
+    for one, two in zip(found, wanted, strict=True):
+        assert torch.equal(one[..., : COUNT - 32, :], two[..., : COUNT - 32, :])
+    with pytest.raises((ValueError, IndexError, RuntimeError)):  # without a window they do not fit
+        one_by_one(key, value, ring, format, known, append=append)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -24,6 +25,7 @@ from llmsqueeze.numerics.kv_constants import Angles
 from llmsqueeze.numerics.kv_tiles import TileFormat
 from llmsqueeze.numerics.rope import rotate
 from llmsqueeze.ops import kv_attend, kv_kernels
+from llmsqueeze.ops.packed_attention import ring_tiles
 
 
 @dataclass
@@ -89,8 +91,9 @@ def make_case(
     kind: str, bits: int = 4, *, batch: int = 2, kv_heads: int = 2, width: int = 64, tokens: int = 45,
     slots: int = 0, sinks: int = 0, padding: tuple[int, ...] | None = None, rotary: int | None = None,
     gain: float = 1.0, spare: int = 20, dtype: torch.dtype = torch.bfloat16, device: str = "cpu",
-    theta: float = 1e4, seed: int = 0,
+    theta: float = 1e4, seed: int = 0, ring: int = 0,
 ) -> Case:  # fmt: skip
+    """ring: how many tiles there are, of which only the last ones are kept; 0: as many as are needed."""
     generator = torch.Generator().manual_seed(seed)
     keys_codec, values_codec = codecs_of(kind, bits, kv_heads, width, slots, generator)
     keys_codec, values_codec = (c.to(torch.device(device)) for c in (keys_codec, values_codec))
@@ -134,9 +137,19 @@ def make_case(
                 whole[row, :, first : first + count] = part[row, :, :count].double().to(device)
         kept = exact[0].to(device), exact[1].to(device)
     constants = tuple(c if c is None else c.to(device) for c in constants)
+    if ring:
+        tiles = in_ring(tiles, tokens, ring)
     length = torch.tensor([tokens], dtype=torch.int32, device=device)
     given = None if padding is None else start.to(device)
     return Case(format, tiles, length, given, constants, kept, keys, values, kv_heads)
+
+
+def in_ring(tiles: Tensor, tokens: int, held: int) -> Tensor:
+    """The last of a sequence's tiles where they lie if there are so many; what was never written is 0."""
+    found = torch.zeros_like(tiles[:, :, :1]).repeat(1, 1, held, 1)
+    for number in range(-(-tokens // 16)):
+        found[:, :, number % held] = tiles[:, :, number]
+    return found
 
 
 def query_for(case: Case, group: int, dtype: torch.dtype, seed: int = 1) -> Tensor:
@@ -183,6 +196,55 @@ def test_what_is_seen(
     for tokens in (45, 48):
         case = make_case(kind, bits, padding=padding, sinks=sinks, slots=slots, tokens=tokens)
         assert off(case, 2, window) < 2e-3
+
+
+@pytest.mark.parametrize(("kind", "bits"), KINDS)
+@pytest.mark.parametrize("padding", [None, (3, 70)])
+@pytest.mark.parametrize("window", [1, 17, 43])
+def test_a_window_needs_only_the_last_tiles(
+    kind: str, bits: int, padding: tuple[int, int] | None, window: int
+) -> None:
+    slots = 1 if "channels" in kind else 0
+    for tokens in (3, 80, 81, 96):
+        if padding and tokens < 80:
+            continue
+        case = make_case(
+            kind, bits, padding=padding, sinks=2, slots=slots, tokens=tokens,
+            ring=ring_tiles(window), spare=64,
+        )  # fmt: skip
+        assert off(case, 2, window) < 2e-3
+
+
+def peaked(case: Case, q: Tensor, size: float) -> Tensor:
+    """Queries that read one token each of the first row, far more than others."""
+    heads = q.shape[1]
+    places = torch.arange(heads) % 4 * 7 + 5
+    group = heads // case.kv_heads
+    for head, place in enumerate(places):
+        key = case.keys[:, head // group, place]
+        q[:, head, 0] = (key / key.norm(dim=-1, keepdim=True) * size).to(q.dtype)
+    return q
+
+
+@pytest.mark.parametrize(("kind", "bits"), KINDS)
+def test_tiles_that_weigh_too_little_may_be_left_out(kind: str, bits: int) -> None:
+    case = make_case(kind, bits, tokens=400, sinks=2, slots=1 if "channels" in kind else 0)
+    q = peaked(case, query_for(case, 4, torch.float32), 12.0)
+    scale = case.format.width**-0.5
+    expected = case.expected(q, 0, scale)
+    given = case.arguments(q, 0, scale)
+    largest = float(case.values.abs().max())
+    for call in (torch.ops.llmsqueeze.kv_attend, kv_attend):
+        whole = call(*given)  # type: ignore[operator]
+        assert torch.equal(call(*given, 1e4), whole)  # type: ignore[operator]
+        for skip in (3.0, 6.0, 12.0):
+            found = call(*given, skip)  # type: ignore[operator]
+            assert torch.equal(found, call(*given, skip))  # type: ignore[operator]
+            # What is lost, and what the rest then weighs more.
+            bound = 2 * largest * 400 * math.exp(-skip) + 4e-3 * largest
+            assert float((found - expected).abs().max()) < bound
+            # Queries that read one token leave most out.
+            assert skip > 6 or not torch.equal(found, whole)
 
 
 @pytest.mark.parametrize("group", range(1, 9))

@@ -237,6 +237,33 @@ def test_rows_and_tokens_can_be_taken_away(name: str) -> None:
         layer.crop(2)
 
 
+@pytest.mark.parametrize("name", [*NAMES, "calibrated"])
+def test_a_window_keeps_what_it_sees(name: str) -> None:
+    """Exact as the layer that keeps all, on what is seen, and sinks only while they are."""
+    keys, values = vectors(2, 3, 15, 20), vectors(2, 3, 15, 20, seed=1)
+    whole = layer_of(name, 3, 20)
+    sliding = PackedLayer(
+        whole.format, whole.positions and Positions(None, window=4), whole.owner, window=4
+    )
+    start = 0
+    for length in (2, 1, 3, 1, 1, 6, 1):
+        part = slice(start, start + length)
+        expected = whole.update(keys[:, :, part], values[:, :, part])
+        kept, offset = sliding.get_mask_sizes(length)
+        found = sliding.update(keys[:, :, part], values[:, :, part])
+        start += length
+        assert (kept, offset) == (min(start - length, 3) + length, start - kept)
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other[:, :, offset:])
+        assert sliding.get_seq_length() == start and sliding.keys.shape[2] == min(start, 3)
+    with pytest.raises(RuntimeError, match="slid out"):
+        sliding.crop(-1)
+    sliding.reset()
+    sliding.update(keys[:, :, :3], values[:, :, :3])
+    sliding.crop(-2)
+    assert sliding.get_seq_length() == 1
+
+
 # In a model
 
 
@@ -256,19 +283,15 @@ def test_without_loss_generation_is_that_of_the_dynamic_cache(family: str, beams
     ids = torch.randint(3, 150, (2, 9), generator=torch.Generator().manual_seed(3))
     options = {"attention_mask": torch.ones_like(ids), "num_beams": beams}
     expected = generated(model, DynamicCache(config=model.config), ids, **options)
-    if family == "mistral":
-        with pytest.raises(RecipeError, match="no layer of full attention"):
-            packed_cache(model, AS_IT_IS)
-        return
     cache = packed_cache(model, AS_IT_IS)
     kinds = [type(layer).__name__ for layer in cache.layers]
     assert len(kinds) == model.config.num_hidden_layers
-    assert kinds.count("PackedLayer") == (2 if family.startswith("gemma") else len(kinds))
+    assert set(kinds) == {"PackedLayer"}
     assert generated(model, cache, ids, **options) == expected
 
 
 @pytest.mark.parametrize("name", [*NAMES, "calibrated"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text"])
 def test_a_padded_batch_is_two_single_runs(family: str, name: str) -> None:
     model = tiny_model(family)
     config = model.config
@@ -287,7 +310,7 @@ def test_a_padded_batch_is_two_single_runs(family: str, name: str) -> None:
         assert together[row] == alone[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma3_text"])
 def test_one_pass_over_a_text_is_decoding_it(tiny: Any, family: str) -> None:
     model = load(Checkpoint(tiny(family, "float32")), torch.float32, torch.device("cpu"))
     ids = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -332,15 +355,16 @@ def test_eval_reports_format_and_bits(cli: Any, tiny: Any, text_file: Path, name
 def test_eval_refuses_what_it_cannot_pack(cli: Any, tiny: Any) -> None:
     result = cli("eval", tiny(), "--kv-cache", "int4")
     assert result.exit_code == 2 and "rotate:4" in result.stderr
-    result = cli("eval", tiny("mistral"), "--kv-cache", "fp8", "--device", "cpu")
-    assert result.exit_code == 2 and "full attention" in result.stderr
+    kinds = {"layer_types": ["chunked_attention"] * 3, "attention_chunk_size": 8}
+    with pytest.raises(RecipeError, match="no layer of full or sliding attention"):
+        packed_cache(tiny_model(**kinds), AS_IT_IS)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_turned_values_give_what_values_turned_back_give(family: str, implementation: str) -> None:
     """Whoever takes the cache's keys and values on the way to attention must not lose the mark."""
-    model = tiny_model(family, **({"sliding_window": None} if family == "mistral" else {}))
+    model = tiny_model(family)
     if implementation == "sdpa" and not model._supports_sdpa:
         pytest.skip(f"{family} has eager attention only")
     model.set_attn_implementation(implementation)

@@ -192,6 +192,29 @@ def test_outliers_of_values_are_products_of_two_matrices(slots: int) -> None:
     assert torch.allclose(found, dense.mT @ numerators, atol=1e-5)
 
 
+@pytest.mark.parametrize("group", [1, 2, 4])
+def test_outliers_of_two_fragments_are_one_product(group: int) -> None:
+    """PAIRED: columns of the second half have the next fragment's."""
+    form = TileFormat(96, 4, False, True, 0, 2)
+    fields = random_fields(form, 1)
+    heads = torch.arange(8) % group
+    numerators = torch.randn(TOKENS, group)
+    found = torch.zeros(form.width, 8)
+    for slot in range(2):
+        channels, missing = fields.value_channels[:, slot].int(), fields.value_missing[:, slot]
+        rows = torch.where(channels % 16 == torch.arange(16)[:, None], missing.float(), 0)
+        for f in range(0, form.width // 16, 2):
+            own = numerators[:, heads] * ((channels // 16)[:, None] ^ torch.arange(8) // 4 == f)
+            product = rows @ own
+            found[16 * f : 16 * f + 16] += product
+            # What lanes of columns 4 further have.
+            found[16 * f + 16 : 16 * f + 32] += product.roll(-4, dims=1)
+    dense = torch.zeros(TOKENS, form.width).scatter_(
+        1, fields.value_channels.long(), fields.value_missing.float()
+    )
+    assert torch.allclose(found[:, :group], dense.mT @ numerators, atol=1e-5)
+
+
 @pytest.mark.parametrize("form", FORMATS, ids=lambda f: f"{f.width}-{f.bits}-{f.key_slots}")
 def test_lanes_find_what_stands_behind_codes(form: TileFormat) -> None:
     fields = random_fields(form, 1)

@@ -7,6 +7,7 @@ from torch import Tensor
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics.kv_tiles import TileFormat
 from llmsqueeze.ops import cuda
+from llmsqueeze.ops.kv_kernels import most_tiles
 from llmsqueeze.ops.operands import half
 
 _MOST_HEADS = 64
@@ -16,7 +17,7 @@ def kv_append(
     key: Tensor, value: Tensor, tiles: Tensor, length: Tensor, padding: Tensor | None,
     books: Tensor | None, offset: Tensor | None, scale: Tensor | None, order: Tensor | None,
     steps: Tensor | None, angles: Tensor | None, key_sinks: Tensor | None, value_sinks: Tensor | None,
-    format: list[int],
+    format: list[int], window: int = 0,
 ) -> None:  # fmt: skip
     """EnvironmentFault where there is no kernel for it. Traps where the tiles are full."""
     form = TileFormat.from_arguments(format)
@@ -27,15 +28,14 @@ def kv_append(
     fine &= key_sinks is None or key_sinks.dtype == key.dtype
     if not (fine and tiles.is_contiguous()):
         raise EnvironmentFault(f"kv_append: no kernel for {kv_heads} heads of {key.dtype}")
-    if angles is not None and 16 + capacity > len(angles):
-        raise EnvironmentFault("kv_append: angles for too few positions")
+    limit = most_tiles(tiles, angles, window)
     each = 0 if steps is None else steps.shape[1]
     macros = variant(form) | {"HALF": half(key), "PDL": int(cuda.is_hopper(key.device.index))}
     cuda.launch(
         "kv_append", macros, key,
         (key.contiguous(), value.contiguous(), tiles, length, padding, books, offset, scale, order,
          steps, angles, key_sinks, value_sinks, each, capacity, kv_heads,
-         sinks),
+         sinks, limit),
         grid=(batch * kv_heads, 1), block=128, shared=4 * (3 * form.width + each),
     )  # fmt: skip
 

@@ -16,14 +16,13 @@ from torch import Tensor
 from llmsqueeze import ops
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import int8, kv_tiles
-from llmsqueeze.ops import layer
+from llmsqueeze.ops import layer, packed_attention
 
 # Instruction sets of the code in kernels.
 INSTRUCTIONS = ("portable", "AVX2", "AVX-512", "AMX")
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
-# Up to so many rows of x meet the weights as they are; beyond, a panel of rows at a time is made dense. Other
-# numbers where torch has AVX-512 too, and AMX for 16 bits: on two cores of a Xeon that has both, 4096 × 14336
-# in bf16, panels took 17 ms for 8 rows and 18 for 16, weights as they are 11 and 22, by AMX 10 and 9.
+# Up to so many rows of x meet the weights as they are; beyond, a panel of rows at a time is made dense. 16 rows
+# on two cores of a Xeon, 4096 × 14336 in bf16: panels 18 ms, as they are 22, by AMX 9.
 TOKENS = 16
 WIDE_TOKENS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 16}
 AMX_TOKENS = {**WIDE_TOKENS, torch.bfloat16: 32}
@@ -48,8 +47,8 @@ def library() -> ctypes.CDLL | None:
         "gated_linear": [pointer, size, pointer, size] + [pointer] * 4 + [size] * 3 + [number] * 3,
         "gated_bitmask_linear": [pointer] * 3 + [size, pointer, size] + [pointer] * 3
         + [size] * 3 + [number] * 3,
-        "kv_attend": [pointer, pointer, size] + [pointer] * 9 + [size] * 6 + [ctypes.c_float]
-        + [number] * 3,
+        "kv_attend": [pointer, pointer, size] + [pointer] * 9 + [size] * 6
+        + [ctypes.c_float] * 2 + [number] * 3,
         "kv_append": [pointer] * 3 + [size] + [pointer] * 10 + [size] * 5 + [number],
     }.items():  # fmt: skip
         function = getattr(loaded, f"llmsqueeze_{name}", None)
@@ -274,13 +273,13 @@ def kv_attend(
     q: Tensor, tiles: Tensor, length: Tensor, padding: Tensor | None, books: Tensor | None,
     channels: Tensor | None, inverse: Tensor | None, angles: Tensor | None, steps: Tensor | None,
     key_sinks: Tensor | None, value_sinks: Tensor | None, counters: Tensor, format: list[int],
-    window: int, scale: float, *, isa: int | None = None,
+    window: int, scale: float, skip: float = 0.0, *, isa: int | None = None,
 ) -> Tensor:  # fmt: skip
     """ValueError where tiles or angles are of fewer tokens than the length."""
     loaded, tokens = _library(), int(length)
     batch, heads, _, width = q.shape
     kv_heads = tiles.shape[1]
-    _check_tiles(tiles, format, tokens, angles, batch, kv_heads, width)
+    _check_tiles(tiles, format, tokens, angles, window, batch, kv_heads, width)
     if key_sinks is not None and value_sinks is not None and key_sinks.dtype != value_sinks.dtype:
         raise ValueError("kv_attend: sinks of two dtypes")
     tiles = _whole(tiles)
@@ -292,7 +291,7 @@ def kv_attend(
         seen.data_ptr(), tiles.data_ptr(), tokens, _address(start),
         *(_address(t) for t in (*given, *sinks)), y.data_ptr(), _fields(format), batch, kv_heads,
         heads // kv_heads, tiles.shape[2], 0 if key_sinks is None else key_sinks.shape[2], window,
-        scale, 0 if key_sinks is None else _KINDS[key_sinks.dtype], _best(isa),
+        scale, skip, 0 if key_sinks is None else _KINDS[key_sinks.dtype], _best(isa),
         torch.get_num_threads(),
     )  # fmt: skip
     return y if q.dtype is torch.float32 else y.to(q.dtype)
@@ -302,12 +301,12 @@ def kv_append(
     key: Tensor, value: Tensor, tiles: Tensor, length: Tensor, padding: Tensor | None,
     books: Tensor | None, offset: Tensor | None, scale: Tensor | None, order: Tensor | None,
     steps: Tensor | None, angles: Tensor | None, key_sinks: Tensor | None, value_sinks: Tensor | None,
-    format: list[int],
+    format: list[int], window: int = 0,
 ) -> None:  # fmt: skip
     """ValueError as for kv_attend, and where tiles or sinks could not be written in place."""
     tokens = int(length)
     batch, heads, _, width = key.shape
-    _check_tiles(tiles, format, tokens, angles, batch, heads, width)
+    _check_tiles(tiles, format, tokens, angles, window, batch, heads, width)
     written = [t for t in (tiles, key_sinks, value_sinks) if t is not None]
     if not all(t.is_contiguous() for t in written) or any(
         s.dtype != key.dtype for s in written[1:]
@@ -325,17 +324,19 @@ def kv_append(
 
 
 def _check_tiles(
-    tiles: Tensor, format: list[int], tokens: int, angles: Tensor | None, batch: int, kv_heads: int,
-    width: int,
+    tiles: Tensor, format: list[int], tokens: int, angles: Tensor | None, window: int, batch: int,
+    kv_heads: int, width: int,
 ) -> None:  # fmt: skip
     form, capacity = kv_tiles.TileFormat.from_arguments(format), tiles.shape[2]
     fine = form.width == width and width in kv_tiles.WIDTHS
     fine &= tiles.shape[:2] == (batch, kv_heads) and tiles.shape[3] == form.record
     fine &= max(form.key_slots, form.value_slots) <= kv_tiles.MOST_SLOTS
-    if not fine or not 0 < tokens <= kv_tiles.TOKENS * capacity:
+    ring = window and capacity >= packed_attention.ring_tiles(window)
+    if not fine or tokens < 1 or not (ring or tokens <= kv_tiles.TOKENS * capacity):
         raise ValueError(f"{tokens} tokens in tiles {tuple(tiles.shape)}: they do not fit {form}")
-    if angles is not None and len(angles) < kv_tiles.TOKENS + capacity:
-        raise ValueError(f"angles of {len(angles)} rows for {capacity} tiles")
+    needed = max(capacity, -(-tokens // kv_tiles.TOKENS))
+    if angles is not None and len(angles) < kv_tiles.TOKENS + needed:
+        raise ValueError(f"angles of {len(angles)} rows for {needed} tiles")
 
 
 def _fields(format: list[int]) -> ctypes.Array[ctypes.c_int64]:

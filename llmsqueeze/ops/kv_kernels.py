@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.errors import EnvironmentFault
-from llmsqueeze.numerics.kv_tiles import FP8, TileFormat
+from llmsqueeze.numerics.kv_tiles import FP8, TOKENS, TileFormat
 from llmsqueeze.ops import cuda
 from llmsqueeze.ops.operands import half
+from llmsqueeze.ops.packed_attention import ring_tiles
 
 _LOG2_E = 1.4426950408889634
 # Warps of a block, stages of their rings, copies of the table of pairs; the best first, what fits is taken.
@@ -21,13 +22,15 @@ _SHAPES = (
 _START = 8
 # Constants of channels that a lane can hold: beyond this width they stay in shared memory.
 _HELD = 128
+# More tiles than a 32-bit number of tokens can need.
+_ENDLESS = (2**31 - 1) // TOKENS
 
 
 def kv_attend(
     q: Tensor, tiles: Tensor, length: Tensor, padding: Tensor | None, books: Tensor | None,
     channels: Tensor | None, inverse: Tensor | None, angles: Tensor | None, steps: Tensor | None,
     key_sinks: Tensor | None, value_sinks: Tensor | None, counters: Tensor, format: list[int],
-    window: int, scale: float,
+    window: int, scale: float, skip: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """EnvironmentFault where there is no kernel: queries not of 16 bits, or more than 8 to a kv head."""
     form = TileFormat.from_arguments(format)
@@ -40,9 +43,11 @@ def kv_attend(
         )
     if counters.numel() < batch * kv_heads or (steps is not None and len(steps) < capacity):
         raise EnvironmentFault("kv_attend: too few counters, or angles for too few positions")
+    limit = most_tiles(tiles, angles, window)
     device = q.device.index
     macros = variant(form, group, cuda.most_shared(device)) | {
-        "HALF": half(q), "PDL": int(cuda.is_hopper(device)),
+        "HALF": half(q), "PDL": int(cuda.is_hopper(device)), "SLIDING": int(window > 0),
+        "SKIP": int(skip > 0),
     }  # fmt: skip
     processors = cuda.architecture(device)[1]
     splits = _splits(batch * kv_heads, -(-capacity // macros["WARPS"]), processors)
@@ -59,11 +64,21 @@ def kv_attend(
     cuda.launch(
         "kv_attend", macros, q,
         (q.contiguous(), tiles, length, padding, books, channels, inverse, angles, steps, key_sinks,
-         value_sinks, y, partial, counters, scale * _LOG2_E, capacity, kv_heads, sinks, window),
+         value_sinks, y, partial, counters, scale * _LOG2_E, capacity, kv_heads, sinks, window,
+         limit, float(skip * _LOG2_E)),
         grid=(splits, batch * kv_heads), block=32 * macros["WARPS"],
         shared=shared,
     )  # fmt: skip
     return y
+
+
+def most_tiles(tiles: Tensor, angles: Tensor | None, window: int) -> int:
+    """That a length may reach. EnvironmentFault where tiles or angles are too few."""
+    held = tiles.shape[2]
+    turned = _ENDLESS if angles is None else len(angles) - TOKENS
+    if turned < held:
+        raise EnvironmentFault("angles for fewer positions than tiles hold")
+    return turned if window and held >= ring_tiles(window) else held
 
 
 @functools.cache
@@ -83,6 +98,9 @@ def variant(form: TileFormat, group: int, shared: int) -> dict[str, int]:
         "VALUE_SLOTS": form.value_slots, "TURN_KEYS": int(form.turned_keys),
         "TURN_VALUES": int(form.turned_values), "ROTARY": form.rotary,
         "HELD": int(not form.key_scale and form.width <= _HELD),
+        # Half of a product's columns are free.
+        "FINE": int(not form.key_scale and group in (1, 2, 4)),
+        "PAIRED": int(form.value_slots > 0 and group in (1, 2, 4)),
     }  # fmt: skip
     for warps, stages, copies in _SHAPES:
         found = macros | {"WARPS": warps, "STAGES": stages, "COPIES": copies}

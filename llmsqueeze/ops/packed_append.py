@@ -25,7 +25,7 @@ from llmsqueeze.numerics.rope import rotate
 SCHEMA = (
     "kv_append(Tensor key, Tensor value, Tensor(a!) tiles, Tensor length, Tensor? padding, Tensor? books,"
     " Tensor? offset, Tensor? scale, Tensor? order, Tensor? steps, Tensor? angles, Tensor(b!)? key_sinks,"
-    " Tensor(c!)? value_sinks, int[] format) -> ()"
+    " Tensor(c!)? value_sinks, int[] format, int window=0) -> ()"
 )
 
 
@@ -33,16 +33,16 @@ def kv_append(
     key: Tensor, value: Tensor, tiles: Tensor, length: Tensor, padding: Tensor | None,
     books: Tensor | None, offset: Tensor | None, scale: Tensor | None, order: Tensor | None,
     steps: Tensor | None, angles: Tensor | None, key_sinks: Tensor | None, value_sinks: Tensor | None,
-    format: list[int],
+    format: list[int], window: int = 0,
 ) -> None:  # fmt: skip
     """Code the newest token, as kv_codecs would, and put it into tiles; into the sinks too, if it is one.
 
     key, value: [batch, kv heads, 1, D], the key after the rotary embedding; length: [1] int32 on the device,
     how many tokens are cached, this one included; books: of encoding_books(), None for fp8. Of keys by
     channel: offset and scale, [kv heads, D] fp32, and angles: see coding_angles(); order and steps: see
-    feedback_constants(), None for none. tiles, length, padding, key_sinks, value_sinks, format: as in
-    kv_attend. On CUDA all is computed in fp32, here what kv_codecs computes in fp64 is: a number at a border
-    may be coded to either side.
+    feedback_constants(), None for none. tiles, length, padding, key_sinks, value_sinks, format, window: as
+    in kv_attend. On CUDA all is computed in fp32, here what kv_codecs computes in fp64 is: a number at a
+    border may be coded to either side.
     """
     shape = TileFormat.from_arguments(format)
     slot = (length - 1).long()
@@ -66,7 +66,8 @@ def kv_append(
             at = position.clamp_min(0)
             cos, sin = _cos_sin(angles, at, shape.rotary)
             arriving = rotate(key.float(), cos, -sin)
-    kv_tiles.write(tiles, shape, slot, keys.encode(arriving), values.encode(value))
+    place = slot % (TOKENS * tiles.shape[2]) if window else slot
+    kv_tiles.write(tiles, shape, place, keys.encode(arriving), values.encode(value))
     if key_sinks is not None and value_sinks is not None:
         rows = torch.arange(len(key), device=key.device)
         place = position.expand(len(key)).clamp(0, key_sinks.shape[2] - 1)

@@ -12,7 +12,7 @@ from llmsqueeze.numerics.kv_tiles import FP8, TOKENS, Fields, TileFormat, pair_o
 SCHEMA = (
     "kv_attend(Tensor q, Tensor tiles, Tensor length, Tensor? padding, Tensor? books, Tensor? channels,"
     " Tensor? inverse, Tensor? angles, Tensor? steps, Tensor? key_sinks, Tensor? value_sinks,"
-    " Tensor counters, int[] format, int window, float scale) -> Tensor"
+    " Tensor counters, int[] format, int window, float scale, float skip=0.0) -> Tensor"
 )
 
 
@@ -20,7 +20,7 @@ def kv_attend(
     q: Tensor, tiles: Tensor, length: Tensor, padding: Tensor | None, books: Tensor | None,
     channels: Tensor | None, inverse: Tensor | None, angles: Tensor | None, steps: Tensor | None,
     key_sinks: Tensor | None, value_sinks: Tensor | None, counters: Tensor, format: list[int],
-    window: int, scale: float,
+    window: int, scale: float, skip: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """softmax(scale · q Kᵀ) V over the cached tokens that are seen, in fp32.
 
@@ -30,11 +30,16 @@ def kv_attend(
     channels, inverse (for outliers of keys), angles.table and angles.steps: see kv_constants; keys coded by
     channel need all of them. key_sinks, value_sinks: [batch, kv heads, sinks, D] in q's dtype, keys after
     the rotary embedding: what stands at the first positions in place of what tiles hold there. window: only
-    the last so many tokens are seen; 0: all. counters: int32, zeros that the kernel works with and leaves
-    zero; at least batch · kv heads. Returns [batch, 1, heads, D].
+    the last so many tokens are seen; 0: all. With a window tiles may be fewer than the tokens need, as many
+    as ring_tiles() says: tile t lies at t modulo their number. counters: int32, zeros that the kernel works
+    with and leaves zero; at least batch · kv heads. Returns [batch, 1, heads, D].
+
+    skip: tiles whose scores, of all heads of a kv head, lie more than so many nats below the largest do not
+    count: each of their tokens has less than exp(-skip) of the softmax's weight. Here all of them; kernels
+    compare with the largest that they have met, and leave out some of them, always the same ones. 0: none.
 
     On Hopper tiles are read while launches just before may still run. Such a launch may write q, length,
-    padding, sinks and the tile of the newest token, but no tile before it.
+    padding, sinks and the tile of the newest token, but no tile before it that is seen.
     """
     shape = TileFormat.from_arguments(format)
     batch, heads, _, width = q.shape
@@ -43,16 +48,19 @@ def kv_attend(
     query = q.float().view(batch, kv_heads, heads // kv_heads, width)
     start = padding if padding is not None else length.new_zeros(batch)
     keys, values = _keys(fields, shape, books, channels, inverse), _values(fields, shape, books)
+    numbers = _tile_numbers(length, tiles.shape[2])
     if channels is not None:
         assert angles is not None
-        scores = _rotated_scores(query, keys, channels, angles, start, shape)
+        scores = _rotated_scores(query, keys, channels, angles, start, numbers, shape)
     else:
         scores = (hadamard(query) if shape.turned_keys else query) @ keys.mT
     sinks = 0 if key_sinks is None else key_sinks.shape[2]
-    slots = torch.arange(keys.shape[2], device=q.device)
+    slots = (numbers[:, None] * TOKENS + torch.arange(TOKENS, device=q.device)).flatten()
     oldest = start[:, None] if not window else torch.maximum(start, length - window)[:, None]
     seen = (slots >= torch.maximum(oldest, start[:, None] + sinks)) & (slots < length)
     scores = scores.mul(scale).masked_fill(~seen[:, None, None], -torch.inf)
+    if skip > 0:
+        scores = _without_low(scores, skip)
     if key_sinks is None or value_sinks is None:
         weights = scores.softmax(-1)
         y = weights @ values
@@ -66,6 +74,24 @@ def kv_attend(
         y = weights[..., sinks:] @ values
         y = (hadamard(y) if shape.turned_values else y) + weights[..., :sinks] @ value_sinks.float()
     return y.to(q.dtype).view(batch, 1, heads, width)
+
+
+def ring_tiles(window: int) -> int:
+    """How many tiles hold all that a window sees, whatever the newest token, and where that one is put."""
+    return (window - 1) // TOKENS + 2
+
+
+def _tile_numbers(length: Tensor, held: int) -> Tensor:
+    """[held] of the tiles at every place, the last of each; below 0 where there is none."""
+    newest = (length - 1) // TOKENS
+    return newest - (newest - torch.arange(held, device=length.device)) % held
+
+
+def _without_low(scores: Tensor, skip: float) -> Tensor:
+    """Scores [batch, kv heads, group, tokens], those of tiles that lie too low -inf."""
+    low = scores <= scores.amax(dim=-1, keepdim=True) - skip
+    low = low.unflatten(-1, (-1, TOKENS)).all(dim=-1).all(dim=2, keepdim=True)
+    return scores.masked_fill(low.repeat_interleave(TOKENS, dim=-1), -torch.inf)
 
 
 def _keys(
@@ -104,14 +130,15 @@ def _decoded(codes: Tensor, shape: TileFormat, books: Tensor | None, side: int) 
 
 
 def _rotated_scores(
-    query: Tensor, keys: Tensor, channels: Tensor, angles: Tensor, start: Tensor, shape: TileFormat
-) -> Tensor:
+    query: Tensor, keys: Tensor, channels: Tensor, angles: Tensor, start: Tensor, numbers: Tensor,
+    shape: TileFormat,
+) -> Tensor:  # fmt: skip
     """[batch, kv heads, group, tokens]: products with keys that are turned by their positions."""
     order = pair_order(shape).to(keys.device)
     six = read_channel_constants(channels).float()[:, None].unbind(-1)  # [heads, 1, 16, D/2] each
     x, y = keys[..., order].unflatten(2, (-1, TOKENS)).chunk(2, dim=-1)
     x, y = (six[i] * x + six[i + 1] * y + six[i + 2] for i in (0, 3))
-    blocks = angles[TOKENS : TOKENS + x.shape[2], None]
+    blocks = angles[TOKENS + numbers.clamp_min(0), None]
     turned = torch.cat(_turn(x, y, blocks), dim=-1).flatten(2, 3)
     # A key's position is its slot less the padding: the query is turned by that instead.
     one, two = query[..., order].chunk(2, dim=-1)

@@ -27,6 +27,8 @@ _HEADS = (
     (4, 1, 256),
     (8, 4, 256),
 )
+# Windows, as Mistral-7B and Phi-3 have one, and nats from which tiles are left out.
+_ATTENDED = ((0, 0.0), (4096, 0.0), (0, 10.0))
 
 
 def all_variants(arch: str, dtype: torch.dtype) -> list[cuda.Variant]:
@@ -70,10 +72,12 @@ def all_variants(arch: str, dtype: torch.dtype) -> list[cuda.Variant]:
             kernels.attend(q, k, k, None, torch.zeros(kv_heads), 1.0)
             for form in _formats(width, all_of=(heads, kv_heads, width) == (32, 8, 128)):
                 tiles = torch.empty(1, kv_heads, 8, form.record, dtype=torch.uint8, device="meta")
-                kernels.kv_attend(
-                    q, tiles, q, None, None, None, None, None, None, None, None,
-                    torch.zeros(kv_heads), form.arguments(), 0, 1.0,
-                )  # fmt: skip
+                default = form.bits == 4 and not form.key_scale and width == 128
+                for window, skip in _ATTENDED if default else _ATTENDED[:1]:
+                    kernels.kv_attend(
+                        q, tiles, q, None, None, None, None, None, None, None, None,
+                        torch.zeros(kv_heads), form.arguments(), window, 1.0, skip,
+                    )  # fmt: skip
                 key = k[:, :, :1]
                 kernels.kv_append(
                     key, key, tiles, q, None, None, None, None, None, None, None, None, None,

@@ -92,7 +92,8 @@ _BENCH_MODEL = _object(
     },
     # gpu, or the others: what it was measured on (document.read_result sees to that).
     optional={
-        "gpu": _TEXT, "cpu": _TEXT, "threads": _COUNT, "dense_dtype": _TEXT, **_CONDITIONS,
+        "gpu": _TEXT, "cpu": _TEXT, "threads": _COUNT, "dense_dtype": _TEXT, "skip_mass": _SHARE,
+        **_CONDITIONS,
     },
 )  # fmt: skip
 _BENCH_KERNELS = _object(

@@ -11,7 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from llmsqueeze import stand_in
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.ops import attend_fits
-from llmsqueeze.runtime.tiles import Hub, TiledLayer
+from llmsqueeze.runtime.tiles import Hub
 
 _NAME = "llmsqueeze_attend"
 _BASE = "sdpa"
@@ -49,6 +49,10 @@ def install(model: nn.Module) -> None:
 def over_tiles(model: nn.Module) -> tuple[Hub, Tensor]:
     """install() for a cache in tiles: what that works with. EnvironmentFault if attention is not ours."""
     config: Any = model.config
+    if getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None):
+        raise EnvironmentFault(
+            "no kernel attends over tiles with capped scores, as this model does"
+        )
     if config._attn_implementation in (_BASE, _NAME):
         install(model)
         for module in model.modules():
@@ -71,11 +75,17 @@ def attend(
 ) -> tuple[Tensor, None]:
     """transformers' attention function: by the kernel where it can, else by its own."""
     plain = not dropout and all(rest.get(name) is None for name in _CHANGES)
-    layer = _tiled(module, mask)
-    if layer is not None:
+    hub: Hub | None = getattr(module, "llmsqueeze_hub", None)
+    if hub is not None and (hub.active is not None or hub.piece is not None):
+        layer, piece = hub.active, hub.piece
+        hub.clear()
         if not plain:
             raise EnvironmentFault("no kernel for this model's attention attends over tiles")
-        return layer.attend(query, query.shape[-1] ** -0.5 if scaling is None else scaling), None
+        if layer is not None:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            return layer.attend(query, scale), None
+        assert piece is not None
+        mask = piece.layer.take(piece, mask)
     known = hasattr(module, "llmsqueeze_counters") and len(query) * key.shape[1] <= _COUNTERS
     if plain and known and attend_fits(query, key, value, mask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -86,14 +96,3 @@ def attend(
         module, query, key, value, mask, scaling=scaling, dropout=dropout, **rest
     )
     return found
-
-
-def _tiled(module: nn.Module, mask: Tensor | None) -> TiledLayer | None:
-    """The cache that was updated with one token just now, if it lies in tiles."""
-    hub: Hub | None = getattr(module, "llmsqueeze_hub", None)
-    if hub is None:
-        return None
-    if hub.prompt and mask is not None:
-        raise EnvironmentFault("a cache in tiles takes prompts of one length, without padding")
-    layer, hub.active, hub.prompt = hub.active, None, False
-    return layer

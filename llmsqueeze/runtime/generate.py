@@ -65,21 +65,24 @@ class RoomLayer(DynamicLayer):  # type: ignore[misc]
         return 0 if self._room is None else sum(t.nbytes for t in self._room)
 
 
-def fixed_cache(model: nn.Module, length: int, formats: Mapping[int, LayerFormat]) -> Cache:
-    """A cache of so many tokens that stays where it is; formats: of the layers that lie in tiles."""
-    # All layers as long as the text, those of sliding attention too: transformers' own for those decide
-    # in Python whether the window is full, which a graph would remember. The mask hides what slid out.
+def fixed_cache(
+    model: nn.Module, length: int, formats: Mapping[int, LayerFormat], skip_mass: float = 0.0
+) -> Cache:
+    """A cache of so many tokens that stays where it is; formats: of the layers that lie in tiles; skip_mass:
+    see tiled_layers."""
+    # The other layers are as long as the text, those of sliding attention too: transformers' own for those
+    # decide in Python whether the window is full, which a graph would remember. The mask hides what slid out.
     count = model.config.get_text_config(decoder=True).num_hidden_layers  # type: ignore[union-attr]
     cuda = next(model.parameters()).device.type == "cuda"
     kind: Any = StaticLayer if cuda or formats else RoomLayer
     layers: list[Any] = [kind(length) for _ in range(count)]
     if formats:
-        found = tiled_layers(model, formats, length, *attention.over_tiles(model))
+        found = tiled_layers(model, formats, length, *attention.over_tiles(model), skip_mass)
         layers = [found.get(index, layer) for index, layer in enumerate(layers)]
         if len(found) < count:
             # Or static layers would get no mask that hides what is not there yet.
             for layer in found.values():
-                layer.is_compileable = True
+                layer.is_compileable = layer.mixed = True
     return Cache(layers=layers)
 
 
@@ -88,7 +91,8 @@ class Decoder:
 
     length: tokens that prompt and answer may have together. compiled: whether torch.compile fuses what
     lies between the kernels; takes a minute. formats: of the layers whose cache is to lie in tiles, see
-    runtime.tiles; EnvironmentFault if there is no kernel for one. On a CPU steps run one by one.
+    runtime.tiles; EnvironmentFault if there is no kernel for one. skip_mass: see tiled_layers. On a CPU steps
+    run one by one.
     """
 
     def __init__(
@@ -98,12 +102,13 @@ class Decoder:
         *,
         compiled: bool = False,
         formats: Mapping[int, LayerFormat] | None = None,
+        skip_mass: float = 0.0,
     ) -> None:
         self.model = model
         self.length = length
         self.device = next(model.parameters()).device
         attention.accept(model)
-        self.cache = fixed_cache(model, length, formats or {})
+        self.cache = fixed_cache(model, length, formats or {}, skip_mass)
         parameters = inspect.signature(model.forward).parameters
         # Renamed in transformers 5.24.
         self._options = {"cache" if "cache" in parameters else "past_key_values": self.cache}
@@ -119,7 +124,9 @@ class Decoder:
         """Of so many cached tokens, which a step behind them reads; the cache must have been used."""
         total = 0
         for layer in self.cache.layers:
-            if isinstance(layer, (TiledLayer, RoomLayer)):
+            if isinstance(layer, TiledLayer):
+                total += layer.read_bytes(tokens)
+            elif isinstance(layer, RoomLayer):
                 total += layer.nbytes * tokens // layer.max_cache_len
             else:
                 held = layer.keys.nbytes + layer.values.nbytes

@@ -31,6 +31,7 @@ from llmsqueeze.numerics.kv_codecs import (
 from llmsqueeze.numerics.rope import rotate, unrotate
 from llmsqueeze.runtime import turned
 from llmsqueeze.runtime.positions import Positions, rope_of
+from llmsqueeze.runtime.spans import Span, coded_spans
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformer
     It offers what DynamicLayer offers; `keys` and `values` hold the codes. positions: shared by the
     layers of a cache, needed for keys that are coded before the rotary embedding and for sinks; owner:
     this is the layer that keeps them up to date, the first that is packed. config: of the model, whose
-    attention may compute with turned keys and values, see runtime.turned.
+    attention may compute with turned keys and values, see runtime.turned. window: of sliding attention,
+    whose last tokens alone are kept; 0: all are.
     """
 
     def __init__(
@@ -103,9 +105,12 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformer
         positions: Positions | None = None,
         owner: bool = False,
         config: PretrainedConfig | None = None,
+        window: int = 0,
     ) -> None:
         super().__init__()
         self.config = config
+        self.window, self.is_sliding = window, bool(window)
+        self._seen = 0
         self._marks: list[turned.Mark] = []
         self.format = format
         self.positions = positions
@@ -147,16 +152,31 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformer
             self._parts[side] = [
                 torch.cat([o, n], dim=-2) for o, n in zip(old, added[side], strict=True)
             ]
+        self._seen += length
         self._show()
         if self.format.sinks:
             self._keep_sinks(key_states, value_states)
-        return self._read()
+        found = self._read()
+        if self.window:
+            slid = max(self.keys.shape[-2] - self.window + 1, 0)
+            self._each(lambda part: part[..., slid:, :])
+        return found
+
+    def get_seq_length(self) -> int:
+        return self._seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        held = self.keys.shape[-2] if self.is_initialized else 0
+        return held + query_length, self._seen - held
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last tokens; as everywhere in transformers, their number is given negative."""
         if tokens_to_remove > 0:
             raise ValueError("give the number of tokens to remove as a negative number")
         if tokens_to_remove and self.is_initialized:
+            if self.window and self._seen >= self.window:
+                raise RuntimeError("tokens that slid out of the window are not there to come back")
+            self._seen = max(self._seen + tokens_to_remove, 0)
             self._each(lambda part: part[..., :tokens_to_remove, :])
             self._move(lambda ids: ids[:, :tokens_to_remove])
 
@@ -173,6 +193,7 @@ class PackedLayer(DynamicLayer):  # type: ignore[misc]  # untyped in transformer
         """Forget every token."""
         self.is_initialized = False
         self.keys = self.values = None
+        self._seen = 0
         self._parts, self._sinks = [[], []], []
         if self.positions and self.owner:
             self.positions.change(None)
@@ -281,40 +302,34 @@ def attached_formats(model: nn.Module) -> dict[int, LayerFormat]:
 
 
 def packed_cache(model: nn.Module, format: LayerFormat | Mapping[int, LayerFormat]) -> DynamicCache:
-    """A cache for a model, full-attention layers packed, the others transformers' own.
+    """A cache for a model, layers of full and sliding attention packed, the others transformers' own.
 
-    format: of all of them, or by layer. RecipeError when no layer is one of full attention.
+    format: of all of them, or by layer. RecipeError when there is no such layer.
     """
     config: PretrainedConfig = model.config  # type: ignore[assignment]
     config = config.get_text_config(decoder=True)
     cache = DynamicCache(config=config)
     if not cache.layers:  # a config without layer types: all are of full attention
         cache.layers = [DynamicLayer() for _ in range(config.num_hidden_layers)]
-    full = packable(config)
-    formats = dict(format) if isinstance(format, Mapping) else dict.fromkeys(full, format)
-    if stray := set(formats) - set(full):
-        raise CheckpointError(f"layer {min(stray)} of this model has no cache of full attention")
-    positions = None
-    if any(f.sinks or f.keys.pre_rope for f in formats.values()):
-        positions = Positions(rope_of(model), "full_attention")
+    known = coded_spans(config)
+    formats = dict(format) if isinstance(format, Mapping) else dict.fromkeys(known, format)
+    if stray := set(formats) - set(known):
+        raise CheckpointError(
+            f"layer {min(stray)} of this model has no cache of full or sliding attention"
+        )
+    placed = any(f.sinks or f.keys.pre_rope for f in formats.values())
+    owned: dict[Span, Positions] = {}
     for index in sorted(formats):
-        owner = index == min(formats)
-        cache.layers[index] = PackedLayer(formats[index], positions, owner, config)
+        span = known[index]
+        owner = span not in owned
+        if placed and owner:
+            owned[span] = Positions(rope_of(model), span.kind, span.window)
+        positions = owned.get(span)
+        layer = PackedLayer(formats[index], positions, owner and placed, config, span.window)
+        cache.layers[index] = layer
     if any(f.keys.turned or f.values.turned for f in formats.values()):
         turned.accept(config)
     return cache
-
-
-def packable(config: PretrainedConfig) -> list[int]:
-    """Indices of the layers of full attention; RecipeError if there are none."""
-    config = config.get_text_config(decoder=True)
-    layers = DynamicCache(config=config).layers
-    if not layers:
-        return list(range(config.num_hidden_layers))
-    found = [index for index, layer in enumerate(layers) if type(layer) is DynamicLayer]
-    if not found:
-        raise RecipeError("this model has no layer of full attention, whose cache could be packed")
-    return found
 
 
 def bits_per_element(cache: DynamicCache) -> float:

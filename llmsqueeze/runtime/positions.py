@@ -90,10 +90,12 @@ class Positions:
     """Position ids of all tokens in a cache, [batch, tokens] int32, shared by its layers.
 
     Of a model without rotary embedding: counted from the beginning of every row, padding included.
+    window: of the layers, before whose next tokens all but the last window - 1 are forgotten; 0: none is.
     """
 
-    def __init__(self, rope: Rope | None, layer_type: str | None = None) -> None:
+    def __init__(self, rope: Rope | None, layer_type: str | None = None, window: int = 0) -> None:
         self.rope = rope
+        self.window = window
         self.layer_type = layer_type if rope and rope.by_layer else None
         self.ids: Tensor | None = None
         self._arrived: Tensor | None = None
@@ -104,14 +106,17 @@ class Positions:
     def append(self, batch: int, length: int, device: torch.device) -> None:
         """Take the positions of `length` tokens that the model is about to cache."""
         if self.rope is None:
-            first = 0 if self.ids is None else self.ids.shape[1]
-            new = torch.arange(first, first + length, device=device)[None]
+            new = torch.arange(length, device=device)[None]
+            if self.ids is not None and self.ids.shape[1]:
+                new = new + self.ids[:, -1:] + 1
         else:
             new = self.rope.seen[self.layer_type][0].to(device)
             if new.shape[-1] != length:
                 raise RuntimeError(f"{length} keys came with positions of shape {tuple(new.shape)}")
         new = new.int().expand(batch, -1)
         self._arrived = new
+        if self.ids is not None and self.window:
+            self.ids = self.ids[:, max(self.ids.shape[1] - self.window + 1, 0) :]
         self.change(new.clone() if self.ids is None else torch.cat([self.ids, new], dim=1))
 
     def arrived(self, count: int) -> list[tuple[int, Tensor, Tensor]]:

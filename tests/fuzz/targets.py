@@ -34,7 +34,8 @@ from llmsqueeze import (
     source,
     step_recipes,
 )
-from llmsqueeze.checkpoint import Checkpoint, read_config
+from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.config_file import read_config
 from llmsqueeze.encodings import ENCODINGS
 from llmsqueeze.errors import CheckpointError, LlmsqueezeError
 from llmsqueeze.ops import cuda
