@@ -21,8 +21,8 @@ from llmsqueeze.ops import layer, packed_attention
 # Instruction sets of the code in kernels.
 INSTRUCTIONS = ("portable", "AVX2", "AVX-512", "AMX")
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2, torch.int8: 3}
-# Up to so many rows of x meet the weights as they are; beyond, a panel of rows at a time is made dense. 16 rows
-# on two cores of a Xeon, 4096 × 14336 in bf16: panels 18 ms, as they are 22, by AMX 9.
+# Up to so many rows of x meet the weights as they are; beyond, panels of rows are made dense. 16 rows on two
+# cores of a Xeon, 4096 × 14336 in bf16: panels 18 ms, as they are 22, by AMX 9.
 TOKENS = 16
 WIDE_TOKENS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 16}
 AMX_TOKENS = {**WIDE_TOKENS, torch.bfloat16: 32}
@@ -32,7 +32,7 @@ GATED_TOKENS = 2
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None if they were not built. EnvironmentFault if those are another version's."""
+    """The compiled kernels; None if they were not built. EnvironmentFault if another version's."""
     found = sorted(Path(__file__).parent.parent.glob("_bitmask.*"))
     if not found:
         return None
