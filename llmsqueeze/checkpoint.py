@@ -221,9 +221,12 @@ class Checkpoint:
         return sum(file.stat().st_size for file in files)
 
     def stored_name(self, parameter: str) -> str:
-        """The name to write a parameter under: the one it was found under, if transformers knows it."""
+        """The name to write a parameter under: the one it was found under."""
         source = self.sources[parameter]
-        return source.name if isinstance(source, StoredTensor) else parameter
+        if isinstance(source, PackedSource):
+            part, stored = next(iter(source.parts.items()))
+            return stored.name.removesuffix(f"_{part}")
+        return source.name
 
     @property
     def manifest_sha256(self) -> str | None:

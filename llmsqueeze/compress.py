@@ -425,7 +425,8 @@ def store_block(
     for name, tensor in tensors.items():
         site = name.removesuffix(".weight")
         if name.endswith(".weight") and site in reports:
-            record = writer.add_site(site, tensor, reports[site])
+            stored = checkpoint.stored_name(name).removesuffix(".weight")
+            record = writer.add_site(site, tensor, reports[site], stored)
             share += Share(tensor.numel() - record.nonzeros, tensor.numel())
         else:
             writer.add(checkpoint.stored_name(name), tensor)
