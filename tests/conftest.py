@@ -53,6 +53,15 @@ TINY: dict[str, dict[str, Any]] = {
     "phi3": {"num_key_value_heads": 4},
     "opt": {"ffn_dim": 72, "word_embed_proj_dim": 40, "tie_word_embeddings": True},
     "gpt_neox": {},
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {
+        "head_dim": 12,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 28,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
 }
 
 
