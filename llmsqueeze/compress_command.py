@@ -93,7 +93,7 @@ def compress(
             "--target-ppl-ratio changes a recipe, and a manifest is made again as it was"
         )
 
-    from llmsqueeze.artifact import Manifest
+    from llmsqueeze.artifact import Manifest, few_tokens
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.compress import peak_device_bytes, peak_rss_bytes
     from llmsqueeze.console import facts, size
@@ -142,6 +142,8 @@ def compress(
     }
     if made.kv_cache:
         rows["kv cache"] = str(made.kv_cache)
+    if made.manifest and (few := few_tokens(made.manifest.sites)):
+        rows["experts"] = few
     if wanted and made.manifest:
         document["differences"] = different = differences(wanted, made.manifest)
         document["reproduced"] = not different

@@ -17,7 +17,7 @@ import numpy as np
 
 from llmsqueeze import __version__, units
 from llmsqueeze.activation import ActivationRecord, drifts
-from llmsqueeze.artifact import SiteRecord
+from llmsqueeze.artifact import SiteRecord, few_tokens
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError, DataError
 from llmsqueeze.numerics.histogram import CURVE_STEP
@@ -96,10 +96,17 @@ def build(
         "conditions": conditions,
         "checks": [*_checkpoint_checks(described, found), *_speed_checks(found)],
         "warnings": [
-            f"{result['label']}: {message}"
-            for result in found
-            if "activation" in result["document"]
-            for message in drifts(result["document"]["activation"])
+            *(
+                f"{entry['label']}: {message}"
+                for entry, (checkpoint, _) in zip(described, checkpoints, strict=True)
+                if checkpoint.manifest and (message := few_tokens(checkpoint.manifest.sites))
+            ),
+            *(
+                f"{result['label']}: {message}"
+                for result in found
+                if "activation" in result["document"]
+                for message in drifts(result["document"]["activation"])
+            ),
         ],
         "checkpoints": described,
         "results": found,
