@@ -176,6 +176,8 @@ def _some(x: Tensor, count: int) -> Tensor:
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += aᵀ b, accumulated in fp32. a: [tokens, m], b: [tokens, n], the same float dtype."""
+    if not len(a):  # no token of the batch was routed there
+        return
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         # Products of 16-bit floats are exact in fp32, so casting first would only cost time.
         total += torch.mm(a.t(), b, out_dtype=torch.float32)
