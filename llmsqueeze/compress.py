@@ -39,8 +39,8 @@ from llmsqueeze.recipe import PruneRecipe
 from llmsqueeze.train import StepDone, TrainedMasks
 from llmsqueeze.work import Work
 
-# Norms of fewer inputs tell less of what a weight does than its magnitude: in an MLP of SmolLM2-135M wanda
-# lost less from 8 to 32 tokens on.
+# The norms of fewer inputs may tell less of a weight than its magnitude does: with 16 tokens wanda lost less
+# than that on three of four linears of MLPs in SmolLM2-135M, and 7 % more on the fourth.
 LEAST_TOKENS = 32
 
 

@@ -68,9 +68,8 @@ class Experts(nn.ModuleList):  # type: ignore[misc]
             tokens, place = torch.where(index == number)
             if self.call_all or len(tokens):
                 y = expert(hidden[tokens], tokens) * weights[tokens, place, None]
-                out.index_add_(
-                    0, tokens, y.to(out.dtype)
-                )  # no token twice: the order does not matter
+                # No token twice: the order of the sums does not matter.
+                out.index_add_(0, tokens, y.to(out.dtype))
         return out
 
     def fused(self) -> nn.Module:
@@ -94,19 +93,18 @@ def take_apart(model: nn.Module, mixture: Mixture) -> None:
 
 
 @torch.no_grad()
-def put_together(model: nn.Module) -> bool:
-    """The opposite, with weights; whether there was anything to do. Meanwhile one block's are there twice.
+def put_together(model: nn.Module) -> None:
+    """The opposite, with weights. Meanwhile those of one block are there twice.
 
     Raises CheckpointError where weights are not in memory.
     """
-    found = list(_mixtures(model))
-    for name, module in found:
+    for name in [name for name, _ in _mixtures(model)]:
+        module = model.get_submodule(name)
         if any(parameter.is_meta for parameter in module.parameters()):
             raise CheckpointError(
                 f"{name}: experts cannot be offloaded; load them to a device whole"
             )
         model.set_submodule(name, module.fused())
-    return bool(found)
 
 
 def call_all(model: nn.Module) -> None:

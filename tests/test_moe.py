@@ -382,7 +382,7 @@ def test_experts_with_too_few_tokens_to_be_fitted(
     """By wanda, below as many tokens as the recipe says; held-out ones do not count."""
     path = tiny(family, "float32", **SMALL[family])
     found = set()
-    for factor in (0.0, 1.0, 1000.0):
+    for factor in (0.0, 8.0):
         out = tmp_path / str(factor)
         report = prune(path, out, text_file, 9, expert_tokens=factor)
         sites = report.manifest.sites
@@ -393,7 +393,7 @@ def test_experts_with_too_few_tokens_to_be_fitted(
             assert len(by) == ("refit_steps" not in record.report)
             tokens, inputs = record.report["routed_tokens"], record.shape[1]
             assert (by == {"magnitude"}) == (tokens < compress.LEAST_TOKENS)
-            if factor == 1000 or tokens < factor * inputs:
+            if tokens < factor * inputs:
                 assert by
             if factor == 0 and tokens >= compress.LEAST_TOKENS:
                 assert not by
