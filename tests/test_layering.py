@@ -131,6 +131,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "__version__",
     ),
     "plan": ("blocks", "calibrate", "checkpoint", "data", "methods", "recipe", "work", "errors"),
+    "site": ("calibrate", "methods", "numerics", "recipe"),
     "state_file": ("shards", "errors"),
     "fingerprint": ("shards", "errors"),
     "training_state": ("methods", "state_file", "errors"),

@@ -28,6 +28,7 @@ from llmsqueeze.methods import weight_method
 from llmsqueeze.methods.base import Target
 from llmsqueeze.recipe import PruneRecipe
 from llmsqueeze.runtime import load
+from llmsqueeze.site import LEAST_TOKENS, prune_site
 from llmsqueeze.work import Work
 from tests.conftest import save_tokenizer, tiny_model
 from tests.methods.test_refit import admm_by_loop
@@ -315,13 +316,13 @@ def test_every_expert_is_pruned_by_its_own_tokens(
             oracle.put(name, weight)
         waiting = []
         for site in step.sites:
-            pruned = compress.prune_site(site, target, recipe)
+            pruned = prune_site(site, target, recipe)
             if site.routed and (step.index == 1 or method in ("magnitude", "wanda")):
                 x, _ = oracle.inputs(site.name)
                 assert pruned.report["routed_tokens"] == len(x)
                 by = expected_method(recipe, len(x), site.weight.shape[1])
                 instead = {m for m in ("wanda", "magnitude") if f"by_{m}" in pruned.report}
-                few = by != method or len(x) < compress.LEAST_TOKENS
+                few = by != method or len(x) < LEAST_TOKENS
                 assert instead == ({by} if few else set())
                 score, left = textbook(by, site.weight, x, target)
                 if score is not None:
@@ -343,7 +344,7 @@ def test_every_expert_is_pruned_by_its_own_tokens(
 
 
 def expected_method(recipe: PruneRecipe, tokens: int, inputs: int) -> str:
-    if tokens < compress.LEAST_TOKENS:
+    if tokens < LEAST_TOKENS:
         return "magnitude"
     return (
         "wanda"
@@ -392,10 +393,10 @@ def test_experts_with_too_few_tokens_to_be_fitted(
             by = {name for name in ("wanda", "magnitude") if f"by_{name}" in record.report}
             assert len(by) == ("refit_steps" not in record.report)
             tokens, inputs = record.report["routed_tokens"], record.shape[1]
-            assert (by == {"magnitude"}) == (tokens < compress.LEAST_TOKENS)
+            assert (by == {"magnitude"}) == (tokens < LEAST_TOKENS)
             if tokens < factor * inputs:
                 assert by
-            if factor == 0 and tokens >= compress.LEAST_TOKENS:
+            if factor == 0 and tokens >= LEAST_TOKENS:
                 assert not by
             found |= by
     assert "wanda" in found
@@ -595,6 +596,7 @@ def test_methods_allocations_and_patterns(
 
 def test_bytes_read_are_those_of_chosen_experts(tiny: Tiny, pruned: Path) -> None:
     """Dense ones: nothing runs experts as they are stored."""
+    from llmsqueeze.bench_model import read_bytes
     from llmsqueeze.traffic import bytes_per_token
 
     source, made = Checkpoint(tiny("mixtral")), Checkpoint(pruned)
@@ -609,6 +611,7 @@ def test_bytes_read_are_those_of_chosen_experts(tiny: Tiny, pruned: Path) -> Non
     )
     read = bytes_per_token(source)
     assert read == outside + whole * config.num_experts_per_tok + 2 * config.hidden_size
+    assert read == read_bytes(load(source, torch.bfloat16, CPU))
     saved = sum(
         record.bytes_before - record.bytes_after
         for name, record in made.manifest.sites.items()  # type: ignore[union-attr]
