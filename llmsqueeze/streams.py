@@ -42,6 +42,8 @@ class Stream(greenlet.greenlet):  # type: ignore[misc]
 
     def close(self) -> None:
         """Unwind a forward that is still paused; what it has not computed is not computed."""
+        # Of a run that failed, the garbage collector may do it in the middle of another's stream: back there.
+        self.parent = greenlet.getcurrent()
         self.throw()
 
 
