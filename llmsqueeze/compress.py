@@ -217,7 +217,10 @@ class Pruning:
 
     def blocks(self, batch: int, start: Boundary = BEGINNING) -> Iterator[PrunedBlock]:
         """Every block in turn, pruned, from a boundary on. batch: samples per forward pass, at most."""
-        self._batch = batch
+        self._batch = batch  # here: where none is left to do, step() asks for it all the same
+        return self._pruned(batch, start)
+
+    def _pruned(self, batch: int, start: Boundary) -> Iterator[PrunedBlock]:
         recipe, tokens = self.recipe, self._tokens
         targets = self._targets()
         trained = self._trained
