@@ -335,16 +335,22 @@ class ArtifactWriter:
         """Store a tensor as it is."""
         self._shards.add(name, tensor)
 
-    def add_site(self, site: str, weight: Tensor, report: dict[str, float]) -> SiteRecord:
-        """Store the [out, in] weight of a compressed linear in the smallest encoding it fits."""
+    def add_site(
+        self, site: str, weight: Tensor, report: dict[str, float], stored: str | None = None
+    ) -> SiteRecord:
+        """Store the [out, in] weight of a compressed linear in the smallest encoding it fits.
+
+        stored: what it is called on disk, where that is not the module's name.
+        """
+        stored = stored or site
         rows, columns = weight.shape
         encoding, parts = smallest(weight) if self._format == "llmsqueeze" else ("dense", {})
         for part, tensor in parts.items():
-            self._shards.add(f"{site}.weight_{part}", tensor)
+            self._shards.add(f"{stored}.weight_{part}", tensor)
         if not parts:
-            self._shards.add(f"{site}.weight", weight)
+            self._shards.add(f"{stored}.weight", weight)
         dense_bytes = weight.numel() * weight.element_size()
-        stored = sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
+        packed_bytes = sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
         record = SiteRecord(
             shape=(rows, columns),
             dtype=str(weight.dtype).removeprefix("torch."),
@@ -352,7 +358,7 @@ class ArtifactWriter:
             # By its bits, as the bitmask counts: -0.0 is stored.
             nonzeros=int(torch.count_nonzero(weight.view(INT_OF_SIZE[weight.element_size()]))),
             bytes_before=dense_bytes,
-            bytes_after=stored or dense_bytes,
+            bytes_after=packed_bytes or dense_bytes,
             report=report,
         )
         self._sites[site] = record

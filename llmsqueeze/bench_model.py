@@ -150,7 +150,11 @@ def read_bytes(model: nn.Module) -> int:
                 continue
             seen.add(id(tensor))
             looked_up = isinstance(module, nn.Embedding) and tensor is not head.weight
-            size = tensor.numel() * tensor.element_size()
+            size: float = tensor.numel() * tensor.element_size()
+            if (
+                isinstance(tensor, nn.Parameter) and tensor.dim() == 3
+            ):  # of experts: those that are chosen
+                size *= model.config.num_experts_per_tok / tensor.shape[0]
             total += size / tensor.shape[0] if looked_up else size * kept
     return round(total)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llmsqueeze.checkpoint import Checkpoint, place
 from llmsqueeze.device import beside
 from llmsqueeze.errors import CalibrationError
+from llmsqueeze.experts import call_all
 from llmsqueeze.streams import Stream
 
 # Tokens per forward pass: enough to amortise reading the weights, few enough to stay in cache.
@@ -129,6 +130,7 @@ def load_blocks(
     if start.done == checkpoint.block_count:
         return
     model = checkpoint.build(dtype)
+    call_all(model)  # batches are to meet the same linears in the same order
     hidden, calls = None, None
     if tokens is not None:
         hidden, calls = _embed(checkpoint, model, tokens, dtype, device, batches)

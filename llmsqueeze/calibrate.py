@@ -6,8 +6,10 @@ Hooks live only in blocks.py and streams.py.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +25,20 @@ from llmsqueeze.blocks import (
 )
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CalibrationError
+from llmsqueeze.experts import Expert, expert_of
 from llmsqueeze.numerics.stats import InputStats
 from llmsqueeze.streams import Stream, pausing
 
 
 @dataclass(frozen=True)
 class Site:
-    """A linear of the current block. weight: [out, in] as stored; stats: None if none were asked."""
+    """A linear of the current block. weight: [out, in] as stored; stats: None if none were asked, and of the
+    tokens that a router sends there if the linear is one of an expert's."""
 
     name: str
     weight: Tensor
     stats: InputStats | None
+    routed: bool = False
 
 
 class BlockStep:
@@ -92,6 +97,8 @@ def walk(
     order "block": all groups are measured on the uncompressed block, then a second pass propagates;
     only one batch's activations are held. This is what the papers' code does.
 
+    Linears of experts see the tokens that the block as it is by then sends to them, maybe none.
+
     Raises CalibrationError naming the site when activations are not finite.
     """
     measuring = bool(needs) and tokens is not None
@@ -129,7 +136,7 @@ def walk(
             first_held_out=run.hidden.shape[0] - held_out,
         )
         measured = measure.one_pass() if order == "group" else measure.two_passes()
-        measured_sites = _sites(measured, prefix, tensors)
+        measured_sites = _sites(measured, prefix, tensors, measure.experts)
         yield BlockStep(loaded.index, tensors, measured_sites, loaded.model, loaded.after)
         for _ in measured:
             raise RuntimeError(f"block {loaded.index}: the caller left sites behind")
@@ -140,7 +147,10 @@ _Measured = tuple[list[str], InputStats]
 
 
 def _sites(
-    measured: Iterator[_Measured], prefix: str, tensors: dict[str, Tensor]
+    measured: Iterator[_Measured],
+    prefix: str,
+    tensors: dict[str, Tensor],
+    experts: Mapping[str, Expert],
 ) -> Iterator[Site]:
     for names, stats in measured:
         if not stats.is_finite():
@@ -149,7 +159,7 @@ def _sites(
                 "check the checkpoint with `llmsqueeze eval`"
             )
         for name in names:
-            yield Site(prefix + name, tensors[f"{prefix}{name}.weight"], stats)
+            yield Site(prefix + name, tensors[f"{prefix}{name}.weight"], stats, name in experts)
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,11 @@ class _Measure:
     needs: frozenset[str]
     dense_share: float
     first_held_out: int
+
+    @cached_property
+    def experts(self) -> dict[str, Expert]:
+        """Of `run`, by the linears in them."""
+        return _experts(self.run, itertools.chain.from_iterable(self.groups))
 
     @torch.no_grad()
     def one_pass(self) -> Iterator[_Measured]:
@@ -221,7 +236,8 @@ class _Measure:
                         for leader in leaders
                         if leader in self.residuals
                     }
-                    stack.enter_context(pausing(leaders, residuals))
+                    experts = _experts(run, leaders)
+                    stack.enter_context(pausing(leaders, residuals, experts))
             yield
 
     def _record(self, stats: InputStats, leader: str, rows: slice, pair: list[Stream]) -> None:
@@ -232,16 +248,24 @@ class _Measure:
         ours, dense = seen[0], seen[-1]
         assert ours is not None and dense is not None
 
+        samples, lengths = rows.stop - rows.start, None
+
         def by_sample(x: Tensor) -> Tensor:
             # OPT flattens samples and tokens on its way to the MLP.
-            return x.reshape(rows.stop - rows.start, -1, x.shape[-1])
+            return x.reshape(samples, -1, x.shape[-1])
 
-        x, dense_x, drift = by_sample(ours.x), by_sample(dense.x), None
+        x, dense_x, drift = ours.x, dense.x, None
+        if ours.tokens is None or dense.tokens is None:
+            x, dense_x = by_sample(x), by_sample(dense_x)
+        else:
+            dense_x = _in_place_of(x, ours.tokens, dense_x, dense.tokens)
+            sample = ours.tokens // self.run.hidden.shape[1]
+            lengths = sample.bincount(minlength=samples).tolist()
         if self.dense and ours.residual is not None and dense.residual is not None:
             drift = by_sample(dense.residual - ours.residual)
         if stats.held_out is not None and rows.start >= self.first_held_out:
-            stats.held_out.update(x, dense_x, drift)
-        stats.update(x, dense_x, drift)
+            stats.held_out.update(x, dense_x, drift, lengths)
+        stats.update(x, dense_x, drift, lengths)
 
     def _stats(self, names: list[str]) -> InputStats:
         device = self.run.hidden.device
@@ -262,3 +286,21 @@ class _Measure:
         if self.first_held_out < self.run.hidden.shape[0]:
             stats.held_out = new()
         return stats
+
+
+def _experts(run: Run, linears: Iterable[str]) -> dict[str, Expert]:
+    """linear → the expert it is in, of those that are in one."""
+    found = {name: expert_of(run.block, name) for name in linears}
+    return {name: expert for name, expert in found.items() if expert}
+
+
+def _in_place_of(x: Tensor, tokens: Tensor, dense_x: Tensor, dense_tokens: Tensor) -> Tensor:
+    """[n, in]: what the dense model has in place of each row of x, and x where it sends the token elsewhere.
+
+    tokens: [n], dense_tokens: [m], the tokens that rows are, ascending; dense_x: [m, in].
+    """
+    if not len(dense_tokens):
+        return x
+    place = torch.searchsorted(dense_tokens, tokens).clamp_max(len(dense_tokens) - 1)
+    both = (dense_tokens[place] == tokens).unsqueeze(1)
+    return torch.where(both, dense_x[place], x)

@@ -100,7 +100,7 @@ def _on_device(checkpoint: Checkpoint, name: str, gated: bool) -> int:
     """Bytes in the layout that runtime.linears chooses."""
     source = checkpoint.sources[name]
     elements = _elements(source)
-    if not isinstance(source, PackedSource):
+    if not isinstance(source, PackedSource) or name in checkpoint.routed_shares:
         return 2 * elements
     record = source.record
     if record.encoding != "bitmask":

@@ -7,7 +7,7 @@ once with the right shape and nothing is left over.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,8 +33,9 @@ from llmsqueeze.artifact import (
     read_manifest,
 )
 from llmsqueeze.config_file import check_config, read_config
-from llmsqueeze.encodings import ENCODINGS
+from llmsqueeze.encodings import ENCODINGS, owner_of
 from llmsqueeze.errors import CheckpointError, SourceDamaged
+from llmsqueeze.experts import FusedPart, fused_parts, take_apart
 from llmsqueeze.kv_record import KvRecord, kv_tensors, read_kv_tensors
 from llmsqueeze.shards import (
     DTYPES,
@@ -68,7 +69,7 @@ Source = StoredTensor | PackedSource
 class Checkpoint:
     """An opened checkpoint directory.
 
-    path; config: config.json as parsed; blocks_path, residuals, mlp: see architectures.Family;
+    path; config: config.json as parsed; blocks_path, residuals, mlp, mixture: see architectures.Family;
     manifest: None for a plain Hugging Face checkpoint;
     model: the empty model whose names and shapes count; sources: parameter name → where it lies.
     """
@@ -82,6 +83,7 @@ class Checkpoint:
         self.blocks_path = family.blocks
         self.residuals = family.residuals
         self.mlp = family.mlp
+        self.mixture = family.mixture
         quantization = self.config.get("quantization_config")
         if isinstance(quantization, dict) and quantization.get("quant_method") != "llmsqueeze":
             method = quantization.get("quant_method")
@@ -107,6 +109,7 @@ class Checkpoint:
     def build(self, dtype: torch.dtype | None) -> Any:
         """A causal language model with parameters on the meta device and real buffers.
 
+        Experts have linears of their own, which the model that runs has not; see experts.take_apart.
         dtype: of the computation; some families round constants (Gemma's embedding scale) to it.
         """
         return self._build(dtype, init_empty_weights(include_buffers=False))
@@ -128,7 +131,16 @@ class Checkpoint:
             lines = str(error).strip().splitlines() or [repr(error)]
             file = self.path / "config.json"
             raise CheckpointError(f"{file}: no model can be built from it ({lines[0]})") from error
+        if self.mixture:
+            take_apart(model, self.mixture)
         return model.eval()
+
+    @cached_property
+    def routed_shares(self) -> dict[str, float]:
+        """Parameters of experts, and the share of all tokens that an expert sees on average."""
+        groups = fused_parts(self.model).values()
+        chosen = self.model.config.num_experts_per_tok if groups else 0
+        return {p.parameter: chosen / (parts[-1].index + 1) for parts in groups for p in parts}
 
     @property
     def block_count(self) -> int:
@@ -152,7 +164,7 @@ class Checkpoint:
     def linears(self, index: int, model: nn.Module | None = None) -> dict[str, nn.Linear]:
         """The linears of one block by full module name, of `model` if one is given.
 
-        CheckpointError on parameters of three or more dimensions: they are fused experts.
+        CheckpointError on parameters of three or more dimensions: experts that were not taken apart.
         """
         prefix = f"{self.blocks_path}.{index}."
         block = self.blocks[index] if model is None else model.get_submodule(prefix[:-1])
@@ -246,9 +258,20 @@ class Checkpoint:
         return sum(file.stat().st_size for file in files)
 
     def stored_name(self, parameter: str) -> str:
-        """The name to write a parameter under: the one it was found under, if transformers knows it."""
+        """The name to write a parameter under: the one it was found under, or where experts were found
+        fused, as they are not written, the one in the family's own checkpoints."""
         source = self.sources[parameter]
-        return source.name if isinstance(source, StoredTensor) else parameter
+        if isinstance(source, PackedSource):
+            part, stored = next(iter(source.parts.items()))
+            return stored.name.removesuffix(f"_{part}")
+        if self.mixture and self._fused:
+            return self.mixture.stored(parameter)
+        return source.name
+
+    @cached_property
+    def _fused(self) -> bool:
+        """Whether experts are stored as 3-D tensors."""
+        return any(isinstance(s, StoredTensor) and s.within for s in self.sources.values())
 
     @property
     def manifest_sha256(self) -> str | None:
@@ -355,14 +378,15 @@ class Checkpoint:
             expected.pop(name, None)
         ignored = [*_OBSOLETE, *(self.model._keys_to_ignore_on_load_unexpected or ())]
 
+        fused = fused_parts(self.model)
+        known = expected.keys() | tied.keys() | fused.keys()
         rest: dict[str, StoredTensor] = {}
         for name, tensor in stored.items():
-            parameter = self._parameter_name(name, expected.keys() | tied.keys())
-            if parameter in rest:
-                raise CheckpointError(
-                    f"{self.path}: {name} and {rest[parameter].name} are the same"
-                )
-            rest[parameter] = tensor
+            parameter = self._parameter_name(name, known)
+            for part, where in self._parts(parameter, tensor, fused.get(parameter)):
+                if part in rest:
+                    raise CheckpointError(f"{self.path}: {name} and {rest[part].name} are the same")
+                rest[part] = where
         sources: dict[str, Source] = {}
         for name, parameter in expected.items():
             source = self._take(name, rest)
@@ -384,6 +408,22 @@ class Checkpoint:
                 )
         return sources
 
+    def _parts(
+        self, parameter: str, tensor: StoredTensor, parts: list[FusedPart] | None
+    ) -> Iterator[tuple[str, StoredTensor]]:
+        """The parameters that a stored tensor is, and where each of them lies."""
+        if parts is None:
+            yield parameter, tensor
+            return
+        experts, rows = parts[-1].index + 1, parts[-1].end
+        if len(tensor.shape) != 3 or tensor.shape[:2] != (experts, rows):
+            raise CheckpointError(
+                f"{self.path}: {tensor.name} has shape {tensor.shape}, the architecture needs {experts} "
+                f"experts of {rows} rows"
+            )
+        for part in parts:
+            yield part.parameter, tensor.part(part.index, part.begin, part.end)
+
     def _parameter_name(self, stored: str, known: Set[str]) -> str:
         """The model's name for a stored tensor: renamed as transformers would, or as it is."""
         prefix = self.model.base_model_prefix + "."
@@ -391,7 +431,7 @@ class Checkpoint:
         for renaming in self._renamings:
             renamed, _ = renaming.rename_source_key(renamed)
         for name in (renamed, prefix + renamed, stored, prefix + stored):
-            if _owner(name) in known:
+            if owner_of(name) in known:
                 return name
         return stored
 
@@ -456,12 +496,3 @@ def place(
         owner, _, leaf = name.rpartition(".")
         parameter = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
         setattr(model.get_submodule(owner), leaf, parameter)
-
-
-def _owner(name: str) -> str:
-    """The parameter that a stored tensor belongs to: itself, or the weight it is a part of."""
-    for encoding in ENCODINGS.values():
-        for part in encoding.parts:
-            if name.endswith(f".weight_{part}"):
-                return name.removesuffix(f"_{part}")
-    return name

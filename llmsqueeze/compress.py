@@ -19,7 +19,7 @@ from torch import Tensor
 from llmsqueeze import __version__, card, plan
 from llmsqueeze.artifact import ArtifactWriter, Manifest, assets, check_output
 from llmsqueeze.blocks import BEGINNING, Boundary
-from llmsqueeze.calibrate import Site, walk
+from llmsqueeze.calibrate import walk
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.device import (
     beside,
@@ -31,11 +31,9 @@ from llmsqueeze.device import (
 from llmsqueeze.errors import CalibrationError, RecipeError
 from llmsqueeze.fingerprint import Fingerprint
 from llmsqueeze.learn import learn_masks
-from llmsqueeze.methods import refit_method, weight_method
-from llmsqueeze.methods.base import Pruned, Target, Tile
-from llmsqueeze.numerics.masks import zero_removed
-from llmsqueeze.numerics.solve import relative_error
+from llmsqueeze.methods.base import Target
 from llmsqueeze.recipe import PruneRecipe
+from llmsqueeze.site import prune_site
 from llmsqueeze.train import StepDone, TrainedMasks
 from llmsqueeze.work import Work
 
@@ -219,7 +217,10 @@ class Pruning:
 
     def blocks(self, batch: int, start: Boundary = BEGINNING) -> Iterator[PrunedBlock]:
         """Every block in turn, pruned, from a boundary on. batch: samples per forward pass, at most."""
-        self._batch = batch
+        self._batch = batch  # here: where none is left to do, step() asks for it all the same
+        return self._pruned(batch, start)
+
+    def _pruned(self, batch: int, start: Boundary) -> Iterator[PrunedBlock]:
         recipe, tokens = self.recipe, self._tokens
         targets = self._targets()
         trained = self._trained
@@ -299,32 +300,6 @@ class Pruning:
             name: dataclasses.replace(recipe.target, dense_tiles=count)
             for name, count in self._trained.dense_tiles.items()
         }
-
-
-def prune_site(
-    site: Site, target: Target, recipe: PruneRecipe, keep: Tensor | None = None
-) -> Pruned:
-    """Mask (by the method, unless `keep` is given), then refit one linear.
-
-    Nothing to remove: nothing changes, whatever the method.
-    """
-    weight, stats = site.weight, site.stats
-    if target.sparsity == 0:
-        return Pruned(weight, torch.ones_like(weight, dtype=torch.bool))
-    if keep is None:
-        pruned = weight_method(recipe.method).prune(weight, stats, target, recipe.config)
-    else:
-        keep = keep.to(weight.device)
-        pruned = Pruned(zero_removed(weight, keep), keep)
-    refit = refit_method(recipe.refit)
-    if refit is not None and stats is not None:
-        pruned = refit.refit(weight, pruned, stats, recipe.refit_config)
-    report = dict(pruned.report)
-    if stats is not None:
-        report["relative_error"] = relative_error(weight, pruned.weight, stats.probe())
-    if isinstance(target.pattern, Tile):
-        report["dense_tiles"] = target.dense_of(target.pattern.count(*weight.shape))
-    return dataclasses.replace(pruned, report=report)
 
 
 def convert(
@@ -425,7 +400,8 @@ def store_block(
     for name, tensor in tensors.items():
         site = name.removesuffix(".weight")
         if name.endswith(".weight") and site in reports:
-            record = writer.add_site(site, tensor, reports[site])
+            stored = checkpoint.stored_name(name).removesuffix(".weight")
+            record = writer.add_site(site, tensor, reports[site], stored)
             share += Share(tensor.numel() - record.nonzeros, tensor.numel())
         else:
             writer.add(checkpoint.stored_name(name), tensor)

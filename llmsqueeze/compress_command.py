@@ -100,6 +100,7 @@ def compress(
     from llmsqueeze.compress import peak_device_bytes, peak_rss_bytes
     from llmsqueeze.console import facts, size
     from llmsqueeze.device import choose_device
+    from llmsqueeze.expert_note import few_tokens
     from llmsqueeze.steps import run_steps
     from llmsqueeze.traffic import bytes_per_token
 
@@ -145,6 +146,8 @@ def compress(
     }
     if made.kv_cache:
         rows["kv cache"] = str(made.kv_cache)
+    if made.manifest and (few := few_tokens(made.manifest.sites)):
+        rows["experts"] = few
     if wanted and made.manifest:
         document["differences"] = different = differences(wanted, made.manifest)
         document["reproduced"] = not different

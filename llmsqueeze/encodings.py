@@ -100,3 +100,12 @@ def smallest(weight: Tensor) -> tuple[str, Parts]:
 
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
+
+
+def owner_of(name: str) -> str:
+    """The parameter that a stored tensor belongs to: itself, or the weight it is a part of."""
+    for encoding in ENCODINGS.values():
+        for part in encoding.parts:
+            if name.endswith(f".weight_{part}"):
+                return name.removesuffix(f"_{part}")
+    return name

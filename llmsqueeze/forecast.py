@@ -22,7 +22,13 @@ from llmsqueeze.kv_recipe import DEFAULT_SEQLEN as KV_SEQLEN
 from llmsqueeze.kv_recipe import KvRecipe
 from llmsqueeze.methods import CALIBRATED_KV, activation_method
 from llmsqueeze.methods.gating import BlockParts
-from llmsqueeze.plan import choose_sites, memory_estimate, window_length
+from llmsqueeze.plan import (
+    check_gates,
+    choose_sites,
+    memory_estimate,
+    routed_inputs,
+    window_length,
+)
 from llmsqueeze.recipe import Calibration, PruneRecipe, allocation_needs, is_ignored
 from llmsqueeze.runtime.packed import LEAST_SPARSITY
 from llmsqueeze.sparsify_recipe import DEFAULT_SEQLEN as GATE_SEQLEN
@@ -84,6 +90,7 @@ class _Linear:
     pattern: str = ""
     int8: bool = False
     gated: bool = False
+    routed: bool = False
 
     def pack(self) -> None:
         """Bytes of the smallest encoding; see encodings.smallest."""
@@ -96,7 +103,9 @@ class _Linear:
         self.bytes = min(sizes)
 
     def kernel(self) -> str:
-        """As runtime.linears chooses."""
+        """As runtime.linears chooses, to which experts are no linears."""
+        if self.routed:
+            return "dense"
         if self.gated:
             if self.int8:
                 return "columns of 8 bits, skipped"
@@ -247,6 +256,7 @@ def _linears(checkpoint: Checkpoint) -> dict[str, _Linear]:
             linear = _Linear(
                 module.out_features, module.in_features, item,
                 stored_bytes(checkpoint, f"{name}.weight"), 0.0,
+                routed=f"{name}.weight" in checkpoint.routed_shares,
             )  # fmt: skip
             if isinstance(source, PackedSource):
                 linear.zeros = source.record.sparsity
@@ -262,6 +272,7 @@ def _changes(step: Step) -> bool:
 
 def _gates(checkpoint: Checkpoint, recipe: SparsifyRecipe) -> dict[str, GateRecord]:
     """The gates that calibration will find, but that linears of one input share theirs."""
+    check_gates(checkpoint)
     method = activation_method(recipe.method)
     found = {}
     for index in range(checkpoint.block_count):
@@ -329,9 +340,11 @@ def _work(
     """Multiplications and additions of a walk."""
     recipe = step.recipe
     tokens = samples * seqlen
-    linears = list(checkpoint.linears(0).values())
+    named = checkpoint.linears(0)
+    linears = list(named.values())
+    shares = [checkpoint.routed_shares.get(f"{name}.weight", 1.0) for name in named]
     width = checkpoint.model.get_input_embeddings().weight.shape[1]
-    weights = sum(m.weight.numel() for m in linears)
+    weights = sum(m.weight.numel() * share for m, share in zip(linears, shares, strict=True))
     forward = OVERHEAD * (2 * weights + 4 * seqlen * width)  # for a token, attention whole
     blocks = checkpoint.block_count
     if isinstance(recipe, SparsifyRecipe):
@@ -348,10 +361,12 @@ def _work(
     looks = 1 if recipe.order == "group" else 2
     looks += 1 if allocation_needs(recipe) else 0
     looks += 1 if "product" in needs and recipe.dense_share else 0
-    inputs = {m.in_features for m in linears}
     squares = 2 if "product" in needs else 1 if "gram" in needs else 0
     # q, k and v share one input, gate and up another: about as many Grams as widths, and one more.
-    grams = 2 * tokens * squares * (sum(n**2 for n in inputs) + min(inputs) ** 2)
+    plain = {m.in_features for m, share in zip(linears, shares, strict=True) if share == 1}
+    entries = sum(n**2 for n in plain) + min(plain) ** 2
+    entries += sum(share * width**2 for width, share in routed_inputs(checkpoint, 0))
+    grams = 2 * tokens * squares * entries
     solves = 0.0
     for module in linears:
         each = 2 * module.weight.numel() * module.in_features

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import ConversionOps, MergeModulelist, WeightConverter
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmsqueeze import experts
 from llmsqueeze.encodings import ENCODINGS, Encoding
 from llmsqueeze.errors import CheckpointError
 
@@ -68,6 +69,7 @@ class LlmsqueezeQuantizer(HfQuantizer):
     # Of a checkpoint with gates or a KV-cache format, between the two ends of loading. Only its path:
     # transformers copies this object, and all it holds, for every tensor it decodes.
     _equipped: Path | None = None
+    _apart = False  # experts have linears of their own while their weights are loaded
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -80,16 +82,32 @@ class LlmsqueezeQuantizer(HfQuantizer):
         directory = Path(checkpoint_files[0]).parent
         checkpoint = Checkpoint(directory)
         self._equipped = directory if checkpoint.activation or checkpoint.kv_cache else None
+        if checkpoint.mixture:
+            experts.take_apart(model, checkpoint.mixture)
+            self._apart = True
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         # transformers would undo on save what it applied on load; a dense model has nothing to undo.
         # From 5.24 on it forgets the conversions of a dequantised model by itself.
+        if self._apart:
+            _cast_renamed(model)
+            experts.put_together(model)
         if self._equipped is not None:
             _equip(model, self._equipped)
         conversions = getattr(model, "_weight_conversions", None) or ()
-        model._weight_conversions = [c for c in conversions if not _is_ours(c)] or None
+        # Without a list of what was done on load, saving undoes what the model's family usually needs.
+        left = [c for c in conversions if not _is_ours(c)]
+        model._weight_conversions = None if self._apart else left or None
         return model
+
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], *model: nn.Module
+    ) -> list[Any]:
+        if self._apart:  # nothing is to be merged yet
+            weight_conversions = [c for c in weight_conversions if not _merges(c)]
+        found: list[Any] = super().update_weight_conversions(weight_conversions, *model)
+        return found
 
     def get_weight_conversions(self) -> list[WeightConverter]:
         return [
@@ -129,6 +147,17 @@ def _pattern(part: str) -> str:
 
 def _is_ours(conversion: Any) -> bool:
     return any(isinstance(op, _Decode) for op in getattr(conversion, "operations", ()))
+
+
+def _cast_renamed(model: nn.Module) -> None:
+    """Give all weights the dtype that was asked for: older releases load renamed ones in the file's."""
+    dtype = model.get_input_embeddings().weight.dtype
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _merges(conversion: Any) -> bool:
+    return any(isinstance(op, MergeModulelist) for op in getattr(conversion, "operations", ()))
 
 
 def _single(value: Any) -> Tensor:

@@ -24,7 +24,14 @@ DEFAULT_SEQLEN = 2048
 
 
 def choose_sites(checkpoint: Checkpoint, recipe: PruneRecipe) -> set[str]:
-    """Names of the linears to prune: those of the blocks less the ignored, checked against the pattern."""
+    """Names of the linears to prune: those of the blocks less the ignored, checked against the pattern.
+
+    RecipeError where the recipe does not fit the checkpoint.
+    """
+    if checkpoint.mixture and recipe.tiles != "score":
+        raise RecipeError(
+            f"--tiles {recipe.tiles} trains no masks of experts yet; leave it out to choose tiles by score"
+        )
     unused = set(recipe.ignore)
     for name, _ in checkpoint.model.named_modules():
         unused -= set(is_ignored(name, recipe.ignore))
@@ -45,6 +52,15 @@ def choose_sites(checkpoint: Checkpoint, recipe: PruneRecipe) -> set[str]:
     if not sites:
         raise RecipeError("--ignore leaves nothing to prune")
     return sites
+
+
+def check_gates(checkpoint: Checkpoint) -> None:
+    """RecipeError when no activation gates can be put into the checkpoint."""
+    if checkpoint.mixture:
+        raise RecipeError(
+            "sparsify has no gates for experts yet, which most weights belong to; prune and quantize-kv take "
+            "such checkpoints"
+        )
 
 
 def samples_at_once(asked: int, tokens: Tensor | None, device: torch.device) -> int:
@@ -72,7 +88,23 @@ def memory_estimate(
     samples, seqlen = tokens.shape
     walk = footprint.Walk.of(samples, seqlen, recipe.batch, dtype, device, followed)
     held = footprint.prune_bytes(checkpoint, recipe, walk, held_out_samples(recipe))
+    if recipe.order == "block":  # the sums of all experts of a block are gathered together
+        sums = 4 if "product" in recipe.needs else 1 if "gram" in recipe.needs else 0
+        blocks = (routed_inputs(checkpoint, i) for i in range(checkpoint.block_count))
+        held += sums * 4 * max(sum(width**2 for width, _ in inputs) for inputs in blocks)
     return max(footprint.embedding_bytes(checkpoint, walk), held)
+
+
+def routed_inputs(checkpoint: Checkpoint, index: int) -> list[tuple[int, float]]:
+    """Width and share of all tokens of every input group of one block's experts."""
+    if not checkpoint.mixture:
+        return []
+    shares = checkpoint.routed_shares
+    return [
+        (module.in_features, shares[f"{name}.weight"])
+        for name, module in checkpoint.linears(index).items()
+        if f"{name}.weight" in shares and not name.endswith("." + checkpoint.mixture.up)
+    ]
 
 
 def allocate(

@@ -48,6 +48,7 @@ TOP = {
         "allocation",
         "tiles",
         "dense_share",
+        "expert_tokens",
         "ignore",
         "dtype",
         "order",
@@ -124,6 +125,10 @@ or every --save-every steps.
 @click.option("--dense-share", type=float,
               help="How far admm and refit aim at what the dense model computes, 0 to 1; 0 follows "
               "the pruned model alone." + _default(PruneRecipe, "dense_share"))  # fmt: skip
+@click.option("--expert-tokens", type=float,
+              help="Linears of experts with fewer calibration tokens than this times their inputs are not "
+              "fitted to them, but pruned by wanda, with nearly none by magnitude."
+              + _default(PruneRecipe, "expert_tokens"))  # fmt: skip
 @click.option("--ignore", multiple=True, metavar="NAME",
               help="Linear to leave dense: full name, last part (down_proj), or re:REGEX. "
               "Repeatable.")  # fmt: skip
@@ -163,6 +168,7 @@ def prune(
     from llmsqueeze.allocator import return_freed
     from llmsqueeze.console import facts, size
     from llmsqueeze.device import choose_device
+    from llmsqueeze.expert_note import few_tokens
 
     check_free(out, overwrite)
     return_freed()
@@ -207,6 +213,7 @@ def prune(
         "size": f"{size(manifest.bytes_before)} → {size(manifest.bytes_after)} "
         f"({manifest.bytes_after / manifest.bytes_before:.0%})",
         "output error": _errors(manifest),
+        "experts": few_tokens(manifest.sites) or "",
         "time": took(report),
         "peak memory": size(report.peak_rss_bytes) + " host"
         + (f", {size(report.peak_device_bytes)} device" if report.peak_device_bytes else ""),
@@ -233,9 +240,9 @@ def _errors(manifest: Manifest) -> str:
     for name, record in manifest.sites.items():
         error = record.report.get("relative_error")
         if error is None:
-            return ""
+            continue
         kinds.setdefault(name.rpartition(".")[2], []).append(error)
         if error >= worst:
             worst, where = error, name
     lines = [f"{kind} {sum(errors) / len(errors):.1%}" for kind, errors in kinds.items()]
-    return ", ".join(lines) + f"; most in {where}: {worst:.1%}"
+    return ", ".join(lines) + f"; most in {where}: {worst:.1%}" if lines else ""

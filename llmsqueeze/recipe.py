@@ -71,6 +71,8 @@ class PruneRecipe:
     tiles: of TILE_MODES; anything but "score" trains masks on the whole model, from Wanda's.
     dense_share: how far weights are fitted to what the dense model computes in their place
     (InputStats.product), where a method or refit fits at all.
+    expert_tokens: an expert's linear with fewer tokens than this times its inputs is not fitted to them, but
+    pruned by wanda, and with nearly none by magnitude.
     ignore: linears left dense; a full module name, its last components, or `re:` and a regular
     expression searched in the full name. dtype: of the calibration's computation.
     batch: calibration samples per forward pass; 0 lets the device decide. order: see calibrate.walk.
@@ -86,6 +88,7 @@ class PruneRecipe:
     tiles: str = field(default="score", metadata=resolved(TILE_MODES))
     tiles_config: Any = None
     dense_share: float = 0.25
+    expert_tokens: float = 1.0
     ignore: tuple[str, ...] = field(default=(), metadata=resolved())
     calibration: Calibration = field(default_factory=Calibration)
     dtype: str = field(default="auto", metadata={"choices": DTYPES})
@@ -109,6 +112,8 @@ class PruneRecipe:
                 )
         if not 0 <= self.dense_share <= 1:
             raise RecipeError(f"--dense-share {self.dense_share} is outside [0, 1]")
+        if not 0 <= self.expert_tokens <= 1000:
+            raise RecipeError(f"--expert-tokens {self.expert_tokens} is outside [0, 1000]")
         check_ignore(self.ignore)
 
     @property

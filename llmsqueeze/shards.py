@@ -52,13 +52,33 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
+class Within:
+    """Rows begin to end of matrix `index` of the 3-D tensor `name`."""
+
+    name: str
+    index: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies. dtype is safetensors' own name for it, such as "BF16"."""
+    """Where a tensor lies. dtype is safetensors' own name for it, such as "BF16".
+
+    within: what it is a part of, if it is one; its name and shape are then its own.
+    """
 
     file: Path
     name: str
     dtype: str
     shape: tuple[int, ...]
+    within: Within | None = None
+
+    def part(self, index: int, begin: int, end: int) -> StoredTensor:
+        """Rows begin to end of one matrix of this 3-D tensor."""
+        within = Within(self.name, index, begin, end)
+        name = f"{self.name}[{index}, {begin}:{end}]"
+        return StoredTensor(self.file, name, self.dtype, (end - begin, self.shape[2]), within)
 
 
 @dataclass(frozen=True)
@@ -144,13 +164,23 @@ def load(tensors: Iterable[StoredTensor]) -> dict[str, Tensor]:
         with _open(file) as handle:
             for tensor in wanted:
                 try:
-                    value: Tensor = handle.get_tensor(tensor.name)
+                    value = _value(handle, tensor)
                 except SafetensorError as error:
                     raise CheckpointError(f"{file}: {tensor.name}: {error}") from error
                 if value.dtype != DTYPES.get(tensor.dtype) or tuple(value.shape) != tensor.shape:
                     raise CheckpointError(f"{file}: {tensor.name} changed while it was being read")
                 loaded[tensor.name] = value
     return loaded
+
+
+def _value(handle: Any, tensor: StoredTensor) -> Tensor:
+    where = tensor.within
+    value: Tensor = (
+        handle.get_tensor(tensor.name)
+        if where is None
+        else handle.get_slice(where.name)[where.index, where.begin : where.end]
+    )
+    return value
 
 
 def hash_file(file: Path) -> str:

@@ -82,6 +82,7 @@ def sparsify(
     check_output(out, overwrite)
     check_not_inside(out, checkpoint.path)
     Policy.parse(recipe.prefill)
+    plan.check_gates(checkpoint)
     _check_ignore(checkpoint, recipe)
     work = work or Work(out, device)
     with (

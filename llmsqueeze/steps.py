@@ -22,6 +22,7 @@ from llmsqueeze.encode_recipe import EncodeRecipe
 from llmsqueeze.encoded import encode
 from llmsqueeze.errors import Stopped
 from llmsqueeze.fingerprint import Fingerprint
+from llmsqueeze.plan import check_gates
 from llmsqueeze.quantize_kv import quantize_kv
 from llmsqueeze.recipe import PruneRecipe
 from llmsqueeze.shards import hash_file
@@ -59,6 +60,8 @@ def run_steps(
     """
     check_output(out, overwrite)
     check_not_inside(out, checkpoint.path)
+    if any(isinstance(step.recipe, SparsifyRecipe) for step in steps):
+        check_gates(checkpoint)
     walks: list[Walk] = []
     stages = _stages(steps)
     work = work or Work(out, device)

@@ -27,7 +27,8 @@ def bytes_per_token(
     """Bytes of everything but the KV cache that one decoded token reads.
 
     Blocks, final norm and output head whole (of embeddings that are not the head one row), each linear
-    less what its gates drop, plus thresholds and low-rank factors. record: the gates, by default the
+    less what its gates drop, plus thresholds and low-rank factors. Of experts as many as are chosen for a
+    token, dense, since nothing runs them as they are stored. record: the gates, by default the
     checkpoint's own. dropped: measured shares by gate; by default what each gate is meant to drop.
     """
     record = record or checkpoint.activation
@@ -65,6 +66,9 @@ def read_bytes(
     total = float(extra)
     for name in checkpoint.sources:
         size = (sizes or {}).get(name) or stored_bytes(checkpoint, name)
+        if name in checkpoint.routed_shares:
+            whole = parameters[name].numel() * checkpoint.site_dtype(name).itemsize
+            size = round(whole * checkpoint.routed_shares[name])
         if id(parameters[name]) in looked_up:
             size //= parameters[name].shape[0]
         total += size * kept.get(name.removesuffix(".weight"), 1.0)

@@ -54,13 +54,26 @@ TINY: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 72, "word_embed_proj_dim": 40, "tie_word_embeddings": True},
     "gpt_neox": {},
 }
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {
+        "head_dim": 12,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 28,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+}
 
 
 def tiny_model(model_type: str = "llama", **changes: Any) -> Any:
     """A random causal language model of one family, fp32."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(model_type, **{**COMMON, **TINY[model_type], **changes})
+    config = AutoConfig.for_model(
+        model_type, **{**COMMON, **(TINY | MIXTURES)[model_type], **changes}
+    )
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

@@ -640,3 +640,15 @@ def test_the_difference_of_two_runs_is_named() -> None:
     assert difference(one, {"a": {"b": [1, {"c": 2}]}, "d": "x"}) == "a.b.1.c (null then, 2 now)"
     assert difference(one, {"a": {"b": [1]}, "d": "x"}) is not None
     assert difference(one, {**one, "e": 1}) == "e (null then, 1 now)"
+
+
+def test_what_was_done_is_said_where_no_block_is_left_to_do(
+    tiny: Tiny, tmp_path: Path, text_file: Path
+) -> None:
+    """Killed behind the last block, with smaller batches: the step is recorded as it was done."""
+    calibration = {"text": str(text_file), "samples": 4, "seqlen": 24}
+    recipe = PruneRecipe.from_dict({"calibration": calibration})
+    pruning = compress.Pruning(Checkpoint(tiny()), recipe, CPU, Work(tmp_path / "out", CPU))
+    pruning.prepare()
+    pruning.blocks(2)
+    assert pruning.step("tiny", {}, 0.5)["reduced_batch"] == 2

@@ -71,16 +71,27 @@ class InputStats:
             if drift_width is not None:
                 self.drift = zeros(drift_width, width)
 
-    def update(self, x: Tensor, dense_x: Tensor | None = None, drift: Tensor | None = None) -> None:
+    def update(
+        self,
+        x: Tensor,
+        dense_x: Tensor | None = None,
+        drift: Tensor | None = None,
+        lengths: list[int] | None = None,
+    ) -> None:
         """Add the tokens of x: [samples, tokens, in], any float dtype.
 
         dense_x, of the same shape, and drift r̂ - r, [samples, tokens, out]: with a dense_share.
+        lengths: how many tokens each sample has, where they differ; x is then [all tokens, in].
         """
-        self.samples += x.shape[0]
+        samples = x.shape[0] if lengths is None else len(lengths)
+        self.samples += samples
         tokens = x.reshape(-1, x.shape[-1])
         self.count += tokens.shape[0]
         if "sum" in self.needs:
-            sums = x.double().sum(dim=1)
+            if lengths is None:
+                sums = x.double().sum(dim=1)
+            else:
+                sums = torch.stack([part.sum(dim=0) for part in x.double().split(lengths)])
             self.sum += sums.sum(dim=0)
             self.sample_sq += sums.square().sum(dim=0)
         if "sq_sum" in self.needs:
@@ -89,8 +100,10 @@ class InputStats:
             _add_product(self.gram, tokens, tokens)
         if "probe" in self.needs:
             # Not the first token: in many models its activations dwarf all others.
-            step = max(1, x.shape[1] // PROBE_TOKENS)
-            some = x[:, step // 2 :: step][:, :PROBE_TOKENS]
+            rows, count = (
+                (x, PROBE_TOKENS) if lengths is None else (x[None], PROBE_TOKENS * samples)
+            )
+            some = _some(rows, count)
             self._probe.append(some.reshape(-1, x.shape[-1]).clone())
         if self.dense_share:
             assert dense_x is not None
@@ -137,9 +150,9 @@ class InputStats:
 
     @property
     def rms(self) -> Tensor:
-        """[in] fp32: root mean square of each input channel."""
+        """[in] fp32: root mean square of each input channel; 0 if there was no token."""
         sq_sum = self.sq_sum if "sq_sum" in self.needs else self.gram.diagonal().double()
-        return (sq_sum / self.count).sqrt().float()
+        return (sq_sum / max(self.count, 1)).sqrt().float()
 
     def product(self, weight: Tensor) -> Tensor:
         """[out, in] fp32: Σ t xᵀ, t being what this weight ought to put out.
@@ -155,8 +168,16 @@ class InputStats:
         return wanted if self.drift is None else wanted + self.dense_share * self.drift
 
 
+def _some(x: Tensor, count: int) -> Tensor:
+    """At most so many tokens of every sample of x: [samples, tokens, in], evenly spaced."""
+    step = max(1, x.shape[1] // count)
+    return x[:, step // 2 :: step][:, :count]
+
+
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += aᵀ b, accumulated in fp32. a: [tokens, m], b: [tokens, n], the same float dtype."""
+    if not len(a):  # no token of the batch was routed there
+        return
     if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
         # Products of 16-bit floats are exact in fp32, so casting first would only cost time.
         total += torch.mm(a.t(), b, out_dtype=torch.float32)

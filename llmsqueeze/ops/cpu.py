@@ -468,10 +468,8 @@ def _library() -> ctypes.CDLL:
 
 def _most(dtype: torch.dtype, isa: int | None) -> int:
     """Rows of x that kernels take; all that they can, if instructions are asked for."""
-    if isa is not None:
-        return TOKENS
-    most = {"AVX-512": WIDE_TOKENS, "AMX": AMX_TOKENS}.get(INSTRUCTIONS[_best(None)], {})
-    return most.get(dtype, TOKENS)
+    best = "" if isa is not None else INSTRUCTIONS[_best(None)]
+    return {"AVX-512": WIDE_TOKENS, "AMX": AMX_TOKENS}.get(best, {}).get(dtype, TOKENS)
 
 
 def _best(isa: int | None) -> int:

@@ -99,7 +99,6 @@ def variant(form: TileFormat, group: int, shared: int) -> dict[str, int]:
         "TURN_VALUES": int(form.turned_values), "ROTARY": form.rotary,
         "HELD": int(not form.key_scale and form.width <= _HELD),
         # Half of a product's columns are free.
-        "FINE": int(not form.key_scale and group in (1, 2, 4)),
         "PAIRED": int(form.value_slots > 0 and group in (1, 2, 4)),
     }  # fmt: skip
     for warps, stages, copies in _SHAPES:

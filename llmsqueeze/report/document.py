@@ -18,6 +18,7 @@ from llmsqueeze.activation import ActivationRecord, drifts
 from llmsqueeze.artifact import SiteRecord
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError, DataError
+from llmsqueeze.expert_note import few_tokens
 from llmsqueeze.numerics.histogram import CURVE_STEP
 from llmsqueeze.numerics.packing import dense_tiles
 from llmsqueeze.report.schema import REPORT, RESULTS, fault
@@ -93,10 +94,17 @@ def build(
         "conditions": conditions,
         "checks": [*_checkpoint_checks(described, found), *_speed_checks(found)],
         "warnings": [
-            f"{result['label']}: {message}"
-            for result in found
-            if "activation" in result["document"]
-            for message in drifts(result["document"]["activation"])
+            *(
+                f"{entry['label']}: {message}"
+                for entry, (checkpoint, _) in zip(described, checkpoints, strict=True)
+                if checkpoint.manifest and (message := few_tokens(checkpoint.manifest.sites))
+            ),
+            *(
+                f"{result['label']}: {message}"
+                for result in found
+                if "activation" in result["document"]
+                for message in drifts(result["document"]["activation"])
+            ),
         ],
         "checkpoints": described,
         "results": found,

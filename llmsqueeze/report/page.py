@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -348,14 +348,14 @@ def _maps(entry: Mapping[str, Any], index: int, inside: Sequence[Mapping[str, An
         text=3,
     )  # fmt: skip
     parts = ["<h3>Weights</h3>"]
-    sparse = {_cell(s): s["sparsity"] for s in inside}
+    sparse = _cells((_cell(s), s["sparsity"]) for s in inside)
     drawing = pictures.heatmap(
         f"sparsity{index}", "Sparsity by block and projection", sparse, entry["blocks"],
         lambda value: f"{value:.0%}" if value in (0, 0.25, 0.5, 0.75, 1) else share(value),
         highest=1, label="zeros of all weights",
     )  # fmt: skip
     parts.append(_figure("Sparsity", "by block and projection", drawing, table))
-    errors = {_cell(s): s["error"] for s in inside if s["error"] is not None}
+    errors = _cells((_cell(s), s["error"]) for s in inside if s["error"] is not None)
     if errors:
         most = max(errors.values())
         drawing = pictures.heatmap(
@@ -372,11 +372,21 @@ def _cell(record: Mapping[str, Any]) -> tuple[int, str]:
     return record["block"], record["projection"]
 
 
+def _cells(
+    values: Iterable[tuple[tuple[int, str], float]],
+) -> dict[tuple[int, str], float]:
+    """The value of every cell: the mean, where experts share one."""
+    found: dict[tuple[int, str], list[float]] = {}
+    for cell, value in values:
+        found.setdefault(cell, []).append(value)
+    return {cell: sum(several) / len(several) for cell, several in found.items()}
+
+
 def _tile_maps(entry: Mapping[str, Any], index: int) -> str:
     found, length = tiles.dense_shares(entry["tiles"]), entry["tiles"]["size"]
     inside = [s for s in entry["sites"] if s["block"] is not None and s["name"] in found]
     drawing = pictures.heatmap(
-        f"tiles{index}", "Share of dense tiles", {_cell(s): found[s["name"]] for s in inside},
+        f"tiles{index}", "Share of dense tiles", _cells((_cell(s), found[s["name"]]) for s in inside),
         entry["blocks"], lambda value: f"{value:.0%}", highest=1, label="dense of all tiles",
     )  # fmt: skip
     note = f"of {length} × {length} weights; the others are 2:4"
@@ -386,9 +396,9 @@ def _tile_maps(entry: Mapping[str, Any], index: int) -> str:
     for site in inside:
         label = f"{site['name']}: {found[site['name']]:.0%} of the tiles dense"
         rows = entry["tiles"]["sites"][site["name"]]
-        by_block.setdefault(site["block"], {})[site["projection"]] = tiles.image(
-            rows, pixels, escape(label)
-        )
+        row = by_block.setdefault(site["block"], {})
+        image = tiles.image(rows, pixels, escape(label))
+        row[site["projection"]] = row.get(site["projection"], "") + image
     maps = _table(
         ["block", *projections],
         [[str(b), *(row.get(p, "") for p in projections)] for b, row in by_block.items()],

@@ -80,7 +80,9 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any | None:
 
 
 def _fits(checkpoint: Checkpoint) -> bool:
-    """Whether anything in it is for kernels: compressed weights, or gates."""
+    """Whether anything in it is for kernels: compressed weights, or gates. There are none for experts."""
+    if checkpoint.mixture:
+        return False
     packed = [s for s in checkpoint.sources.values() if isinstance(s, PackedSource)]
     return bool(packed) or checkpoint.activation is not None
 

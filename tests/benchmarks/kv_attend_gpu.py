@@ -1,6 +1,6 @@
 """Attention of one token over a cache in tiles on a GPU, against the fastest of torch's over one in bf16.
 
-    python -m tests.benchmarks.kv_attend_gpu --tokens 32768,131072 --set FINE=1,PAIRED=1 --set FINE=0,PAIRED=0
+    python -m tests.benchmarks.kv_attend_gpu --tokens 32768,131072 --set PAIRED=0
 
 Random keys and values. One CUDA graph walks through different caches, more than a GPU's second level holds.
 Every set is timed by turns, in one run: macros of the kernel that stand instead of those it is launched with.

@@ -14,10 +14,10 @@ import time
 import torch
 
 from llmsqueeze.calibrate import Site
-from llmsqueeze.compress import prune_site
 from llmsqueeze.device import exact_matmul
 from llmsqueeze.numerics.stats import InputStats
 from llmsqueeze.recipe import PruneRecipe
+from llmsqueeze.site import prune_site
 
 RECIPES = (
     {"method": "wanda"},
