@@ -28,7 +28,7 @@ EXPECTED = {
     "sparse24": (r"HMMA\.SP\.16832", STREAMED),
     "gaps": (STREAMED, r"LDS"),
     "gated": (STREAMED, r"FFMA"),
-    "sparse24_expand": (r"LDG\.E\.128", r"STG\.E\.64"),
+    "sparse24_expand": (rf"{STREAMED}|LDG\.E\.128", r"STG\.E\.(64|128)"),
     "attend": (STREAMED, r"MUFU\.EX2", r"FFMA"),
     "outputs24_expand": (r"LDG\.E\.128", r"STG\.E\.128"),
     "gaps_tensor": (STREAMED, r"HMMA\.1688|STG\.E\.128", r"STS\.U16", r"LDS\.(64|128)"),
