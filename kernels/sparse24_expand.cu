@@ -7,7 +7,11 @@ __device__ __forceinline__ unsigned long long group_of(u32 values, u32 places) {
            (unsigned long long)(values >> 16) << (16 * (places >> 2));
 }
 
-#define THREADS (MIXED ? 256 : 64)
+#if MIXED
+#define THREADS 256
+#else
+#define THREADS 64
+#endif
 #define PITCH 34  // of a row in shared memory, in 16 bytes: it begins 8 banks behind the one before
 
 extern "C" __global__ void __launch_bounds__(THREADS)
