@@ -81,7 +81,7 @@ def test_a_cubin_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     first = cuda.cubin("sparse24_expand", macros, "sm_90")
     (kept,) = (tmp_path / "kernels").iterdir()
     monkeypatch.setattr(cuda, "compile_cubin", lambda *_: pytest.fail("compiled again"))
-    assert cuda.cubin("sparse24_expand", macros, "sm_90") == first == kept.read_bytes()
+    assert cuda.cubin("sparse24_expand", macros, "sm_90") == first == cuda.read_cubin(kept)
 
 
 def test_threads_may_all_compile_first() -> None:
