@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TQDM_DISABLE", "1")  # tqdm looks when it is imported
+
 import pytest
 import torch
 from transformers.utils import logging

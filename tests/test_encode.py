@@ -67,7 +67,7 @@ def test_the_smallest_encoding_gives_the_weight_back(
     [
         ("codes", torch.zeros(4, 8, dtype=torch.uint8), "codes"),
         ("codes", torch.zeros(4, 9, dtype=torch.int8), "columns"),
-        ("largest", torch.ones(3), "magnitudes for 4 rows"),
+        ("largest", torch.ones(3), "3 magnitudes .* for 4 rows"),
         ("largest", torch.tensor([1.0, -1.0, 1.0, 1.0]), "that are none"),
         ("largest", torch.tensor([1.0, torch.nan, 1.0, 1.0]), "that are none"),
     ],

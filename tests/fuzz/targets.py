@@ -333,8 +333,7 @@ def _checkpoints(made: _Made) -> dict[str, Target]:
         return b"---\n" + inner + b"\n---\n" if rng.random() < 0.9 else mutate_bytes(rng, readme)
 
     def read_card(content: bytes) -> None:
-        file.write_bytes(content)
-        yaml.safe_dump(card._licence(file)).encode()
+        yaml.safe_dump(card.read_front_matter(content.decode("utf-8", "replace"))).encode()
 
     return {
         "config.json": Target(lambda rng: mutate_json(rng, made.config), read_config_alone),
