@@ -326,7 +326,6 @@ def _checkpoints(made: _Made) -> dict[str, Target]:
         read_generation(SimpleNamespace(path=beside))  # type: ignore[arg-type]
 
     readme = (made.plain / "README.md").read_bytes()
-    file = made.file("README.md")
 
     def make_card(rng: random.Random) -> bytes:
         inner = mutate_yaml(rng, readme[4:37], {"license": "mit", "license_name": ["x"]})
