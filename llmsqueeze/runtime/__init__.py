@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import llmsqueeze.integration  # noqa: F401  registers the format with transformers
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError
+from llmsqueeze.integration import LlmsqueezeConfig  # and registers the format with transformers
 from llmsqueeze.runtime import mapped
 from llmsqueeze.runtime.generation import read_generation
 from llmsqueeze.runtime.linears import use_kernels
@@ -43,6 +43,7 @@ def load(
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
+        quantization_config=LlmsqueezeConfig(dequantize=True) if checkpoint.manifest else None,
     )
     for problem in ("missing_keys", "mismatched_keys"):
         if info.get(problem):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
-from llmsqueeze.ops import cpu, in_pairs
+from llmsqueeze.ops import cpu, cuda, in_pairs
 from llmsqueeze.runtime import layers, mlp, residual
 from llmsqueeze.runtime.fused import Fused, FusedPart
 from llmsqueeze.runtime.gates import GatedLinear
@@ -82,8 +82,12 @@ class Report:
     seconds: float = 0.0
 
     def add(self, format: str, linears: int, weight: Tensor, module: nn.Module) -> None:
+        self.count(format, linears, _bytes(weight), module)
+
+    def count(self, format: str, linears: int, before: int, module: nn.Module) -> None:
+        """before: bytes of the weights that a module now has."""
         self.formats[format] += linears
-        self.bytes_before += _bytes(weight)
+        self.bytes_before += before
         self.bytes_after += sum(_bytes(buffer) for buffer in module.buffers())
 
 
@@ -280,27 +284,36 @@ def _kind(linear: nn.Linear) -> tuple[Any, ...]:
     return gate, linear.in_features, linear.bias is None
 
 
-def _check(dtype: torch.dtype, device: torch.device) -> None:
+def missing(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why there are no kernels in a dtype on a device, and what helps; None if there are."""
+    name = str(dtype).removeprefix("torch.")
     if device.type == "cpu":
         if cpu.library() is None:
-            raise EnvironmentFault(
+            return (
                 "kernels for a CPU were not built, there was no C++ compiler when llmsqueeze was installed; "
-                "use --backend reference, or --device cuda"
+                "install one and then llmsqueeze again"
             )
-        return
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return (
+                f"kernels for a CPU compute in 16 bits or float32, not {name}; take dtype float32"
+            )
+        return None
     if device.type != "cuda":
-        raise EnvironmentFault(
-            "kernels for compressed weights run on CUDA and CPUs only; use --device cuda"
-        )
+        return "kernels for compressed weights run on CUDA and CPUs only; take device cuda"
     if dtype not in (torch.bfloat16, torch.float16):
-        raise EnvironmentFault(
-            f"kernels compute in bfloat16 or float16, not {str(dtype).removeprefix('torch.')};"
-            " use --dtype bfloat16, or --backend reference"
-        )
+        return f"kernels compute in bfloat16 or float16 on CUDA, not {name}; take dtype bfloat16"
     if torch.cuda.get_device_capability(device) < (8, 0):
-        raise EnvironmentFault(
-            "kernels need a GPU of compute capability 8.0; use --backend reference"
-        )
+        return "kernels need a GPU of compute capability 8.0"
+    try:
+        cuda.compiler()
+    except EnvironmentFault as fault:
+        return str(fault)
+    return None
+
+
+def _check(dtype: torch.dtype, device: torch.device) -> None:
+    if reason := missing(dtype, device):
+        raise EnvironmentFault(f"{reason}, or use --backend reference")
 
 
 def _bytes(tensor: Tensor) -> int:
