@@ -59,9 +59,10 @@ def made(cli: Any, tiny: Tiny, tmp_path: Path, text_file: Path) -> Callable[...,
             "sparsify": ("--sparsity", 0.5, *calib),
             "quantize-kv": ("--method", "rotate", "--bits", 4),
         }
-        path = tiny(family)
+        # No kernel attends over keys of ten elements.
+        path = tiny(family, **({"head_dim": 64} if "quantize-kv" in steps else {}))
         for number, step in enumerate(steps):
-            out = tmp_path / f"{family}-{number}-{step}"
+            out = tmp_path / "-".join((family, *steps[: number + 1]))
             result = cli(step, path, "-o", out, *options[step], "-q")
             assert result.exit_code == 0, result.stderr
             path = out
@@ -158,19 +159,16 @@ def test_eight_bits_gates_and_caches(
     assert (gating_of(model) is not None) == ("sparsify" in steps)
     for ids in (IDS, IDS[:1, :1]):
         assert torch.equal(logits(model, ids), logits(same, ids))
-    caches: list[Any] = [{}, {}]
-    if "quantize-kv" in steps:
-        for tokens in (None, 64):
-            caches = [
-                {"past_key_values": llmsqueeze.kv_cache(m, tokens=tokens)} for m in (model, same)
-            ]
-            found = [
-                m.generate(IDS[:1], **cache, **ANSWER)
-                for m, cache in zip((model, same), caches, strict=True)
-            ]
-            assert torch.equal(*found)
-    else:
+    if "quantize-kv" not in steps:
         assert torch.equal(model.generate(IDS, **ANSWER), same.generate(IDS, **ANSWER))
+        return
+    for tokens in (64, None):  # in tiles, and growing
+        caches = [llmsqueeze.kv_cache(m, tokens=tokens) for m in (model, same)]
+        found = [
+            m.generate(IDS[:1], past_key_values=cache, **ANSWER)
+            for m, cache in zip((model, same), caches, strict=True)
+        ]
+        assert torch.equal(*found)
 
 
 def test_weights_stay_in_the_file(pruned: Path) -> None:
@@ -189,7 +187,7 @@ def test_weights_stay_in_the_file(pruned: Path) -> None:
 def test_no_weight_is_ever_dense(made: Callable[..., Path], monkeypatch: Any) -> None:
     from llmsqueeze import integration
 
-    paths = made("prune"), made("prune", "sparsify")
+    paths = made("prune"), made("sparsify")
     monkeypatch.setattr(integration._Decode, "convert", lambda *a, **k: pytest.fail("dense"))
     for path in paths:
         AutoModelForCausalLM.from_pretrained(path)
@@ -259,8 +257,6 @@ def test_where_there_are_no_kernels_it_says_so(
 
     (line,) = messages(dtype=torch.float64)
     assert str(pruned) in line and "made dense" in line and "take dtype float32" in line
-    (line,) = messages(device_map="meta")
-    assert "take device cuda" in line
     monkeypatch.setattr(cpu, "library", lambda: None)
     (line,) = messages()
     assert "no C++ compiler" in line and "install one" in line
@@ -299,7 +295,7 @@ def test_what_a_model_by_kernels_refuses(pruned: Path, tmp_path: Path) -> None:
 def test_trainers_are_told(pruned: Path, tmp_path: Path) -> None:
     arguments = TrainingArguments(tmp_path / "run", report_to=[], use_cpu=True)
     model = AutoModelForCausalLM.from_pretrained(pruned)
-    with pytest.raises(RecipeError, match="cannot be trained.*dequantize=True"):
+    with pytest.raises(RecipeError, match=r"cannot be trained.*dequantize=True"):
         Trainer(model, arguments)
     Trainer(plain(pruned), arguments)
 
