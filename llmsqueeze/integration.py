@@ -183,12 +183,12 @@ class LlmsqueezeQuantizer(HfQuantizer):
 
     def _pack(self, model: nn.Module, checkpoint: Any) -> bool:
         """Let a loaded model compute with kernels, where there are some; whether it now does."""
-        from llmsqueeze.runtime import linears, mapped, sealed
+        from llmsqueeze.runtime import backend, linears, sealed
 
         devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
         weight = next(model.parameters())
         where = self._target or weight.device
-        reason = linears.missing(weight.dtype, where)
+        reason = backend.missing(weight.dtype, where)
         if len(devices) > 1:
             reason = (
                 f"kernels compute on one device, and device_map takes {len(devices)}; give one, as "
@@ -197,7 +197,7 @@ class LlmsqueezeQuantizer(HfQuantizer):
         packed = False
         if reason is None:
             packed = bool(linears.use_kernels(model, where).formats)
-        elif mapped.has_work(checkpoint):
+        elif backend.has_work(checkpoint):
             _log.warning("%s: its weights are made dense: %s", self._directory, reason)
         if self._target is not None:
             model.to(self._target)

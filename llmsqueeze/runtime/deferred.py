@@ -13,7 +13,7 @@ import torch
 
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError
-from llmsqueeze.runtime import linears, mapped, sealed
+from llmsqueeze.runtime import backend, mapped, sealed
 
 
 def fits(checkpoint: Checkpoint, model: Any, device: torch.device | None) -> bool:
@@ -25,7 +25,7 @@ def fits(checkpoint: Checkpoint, model: Any, device: torch.device | None) -> boo
     return (
         device is not None
         and device.type == "cpu"
-        and linears.missing(model.dtype, device) is None
+        and backend.missing(model.dtype, device) is None
         and mapped.suits(checkpoint, model)
         and type(model) is type(checkpoint.model)
         and {name: p.shape for name, p in model.named_parameters()} == expected

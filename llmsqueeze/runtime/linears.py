@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
-from llmsqueeze.ops import cpu, cuda, in_pairs
+from llmsqueeze.ops import cpu, in_pairs
 from llmsqueeze.runtime import layers, mlp, residual
+from llmsqueeze.runtime.backend import missing
 from llmsqueeze.runtime.fused import Fused, FusedPart
 from llmsqueeze.runtime.gates import GatedLinear
 from llmsqueeze.runtime.packed import (
@@ -282,33 +283,6 @@ def _kind(linear: nn.Linear) -> tuple[Any, ...]:
     """Equal for linears that can be one."""
     gate = linear.gate if isinstance(linear, GatedLinear) else None
     return gate, linear.in_features, linear.bias is None
-
-
-def missing(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why there are no kernels in a dtype on a device, and what helps; None if there are."""
-    name = str(dtype).removeprefix("torch.")
-    if device.type == "cpu":
-        if cpu.library() is None:
-            return (
-                "kernels for a CPU were not built, there was no C++ compiler when llmsqueeze was installed; "
-                "install one and then llmsqueeze again"
-            )
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return (
-                f"kernels for a CPU compute in 16 bits or float32, not {name}; take dtype float32"
-            )
-        return None
-    if device.type != "cuda":
-        return "kernels for compressed weights run on CUDA and CPUs only; take device cuda"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"kernels compute in bfloat16 or float16 on CUDA, not {name}; take dtype bfloat16"
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return "kernels need a GPU of compute capability 8.0"
-    try:
-        cuda.compiler()
-    except EnvironmentFault as fault:
-        return str(fault)
-    return None
 
 
 def _check(dtype: torch.dtype, device: torch.device) -> None:

@@ -16,6 +16,7 @@ from llmsqueeze.checkpoint import Checkpoint, PackedSource, place
 from llmsqueeze.ops import cpu
 from llmsqueeze.policy import Policy
 from llmsqueeze.runtime import gates, kv_cache, layers, linears
+from llmsqueeze.runtime.backend import has_work
 from llmsqueeze.runtime.gates import GatedLinear
 from llmsqueeze.runtime.generation import read_generation
 from llmsqueeze.runtime.packed import (
@@ -41,12 +42,6 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any | None:
         formats = kv_cache.stored_formats(checkpoint.kv_cache, checkpoint.read_kv_cache())
         kv_cache.attach(model, formats)
     return model
-
-
-def has_work(checkpoint: Checkpoint) -> bool:
-    """Whether anything in it is for kernels: compressed weights, or gates."""
-    packed = [s for s in checkpoint.sources.values() if isinstance(s, PackedSource)]
-    return bool(packed) or checkpoint.activation is not None
 
 
 def suits(checkpoint: Checkpoint, model: Any) -> bool:
