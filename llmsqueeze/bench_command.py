@@ -92,7 +92,7 @@ def kernels(console: Console, shapes: str, tokens: str) -> None:
 
 Greedy, batch 1, a cache of fixed size, on a GPU every step one CUDA graph. There both are compiled by
 torch.compile, which takes a minute each; --no-compile leaves it out. Every operator's result is compared with
-its reference first. A quantised KV cache (quantize-kv) is read as it lies; the dense model's is not quantised.
+its reference first. A quantised KV cache (quantize-kv) is read as it lies, beside one that is not quantised.
 
 On a CPU each model has a process of its own, whose memory is told, and they take turns; dense is the faster
 of bfloat16 and float32.
