@@ -107,6 +107,7 @@ class LlmsqueezeQuantizer(HfQuantizer):
     requires_calibration = True
     # Only a path: transformers copies this object, and all it holds, for every tensor it decodes.
     _directory: Path
+    _dtype: torch.dtype
     _mapped = False  # weights stay in the file, and transformers loads none
     _apart = False  # experts have linears of their own while their weights are loaded
     # Where the model is to be, if it is one GPU: weights get there when they are packed.
@@ -144,6 +145,7 @@ class LlmsqueezeQuantizer(HfQuantizer):
         # Opening checks manifest, headers, names and shapes, and raises on the first mismatch.
         self._directory = Path(checkpoint_files[0]).parent
         checkpoint = Checkpoint(self._directory)
+        self._dtype = next(model.parameters()).dtype
         where = self._target or _only_device(device_map)
         if not self._dense and deferred.fits(checkpoint, model, where):
             deferred.defer(model)
@@ -164,8 +166,8 @@ class LlmsqueezeQuantizer(HfQuantizer):
             return model
         # transformers would undo on save what it applied on load; a dense model has nothing to undo.
         # From 5.24 on it forgets the conversions of a dequantised model by itself.
+        _cast_renamed(model, self._dtype)
         if self._apart:
-            _cast_renamed(model)
             experts.put_together(model)
         _install_gates(model, checkpoint)
         _attach_kv_cache(model, checkpoint)
@@ -274,11 +276,13 @@ def _is_ours(conversion: Any) -> bool:
     return any(isinstance(op, _Decode) for op in getattr(conversion, "operations", ()))
 
 
-def _cast_renamed(model: nn.Module) -> None:
+def _cast_renamed(model: nn.Module, dtype: torch.dtype) -> None:
     """Give all weights the dtype that was asked for: older releases load renamed ones in the file's."""
-    dtype = model.get_input_embeddings().weight.dtype
+    if any(getattr(model, f"_keep_in_fp32_modules{kind}", None) for kind in ("", "_strict")):
+        return
     for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+        if parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _merges(conversion: Any) -> bool:
