@@ -35,6 +35,8 @@ def load(
     )
     # Or it would look for weights by itself: by other names, and pickled ones in the end.
     config.transformers_weights = entry_name(checkpoint.path)
+    # The dense form has a manifest, too, and nothing that transformers would decode.
+    compressed = "quantization_config" in checkpoint.config
     model, info = AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
         config=config,
@@ -43,7 +45,7 @@ def load(
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
-        quantization_config=LlmsqueezeConfig(dequantize=True) if checkpoint.manifest else None,
+        quantization_config=LlmsqueezeConfig(dequantize=True) if compressed else None,
     )
     for problem in ("missing_keys", "mismatched_keys"):
         if info.get(problem):
