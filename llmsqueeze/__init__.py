@@ -1,21 +1,40 @@
 """Post-training compression of language models: smaller files, measured quality.
 
 Importing this package teaches transformers to load llmsqueeze checkpoints with
-``AutoModelForCausalLM.from_pretrained``, and lm-eval the model name "llmsqueeze". It imports neither torch
-nor transformers itself.
+``AutoModelForCausalLM.from_pretrained``, and to compute with them as they are stored where there are kernels;
+lm-eval it teaches the model name "llmsqueeze". It imports neither torch nor transformers itself.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmsqueeze import _register
 from llmsqueeze._version import __version__
 from llmsqueeze.errors import EnvironmentFault, LlmsqueezeError, RecipeError
 
-__all__ = ["LlmsqueezeError", "__version__", "kv_cache", "lm_eval_model", "use_kernels"]
+if TYPE_CHECKING:
+    from llmsqueeze.integration import LlmsqueezeConfig
+
+__all__ = [
+    "LlmsqueezeConfig",
+    "LlmsqueezeError",
+    "__version__",
+    "kv_cache",
+    "lm_eval_model",
+    "use_kernels",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Its base class is transformers', which is not imported before it is needed.
+    if name == "LlmsqueezeConfig":
+        from llmsqueeze.integration import LlmsqueezeConfig
+
+        return LlmsqueezeConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def kv_cache(model: Any, tokens: int | None = None, *, skip_mass: float = 0.0) -> Any:
@@ -72,15 +91,23 @@ def lm_eval_model(pretrained: str | Path, **options: Any) -> Any:
 
 
 def use_kernels(model: Any) -> Any:
-    """Let a loaded model compute with compressed weights: its linears are replaced, in place.
+    """Let a model with dense weights compute with compressed ones: its linears are replaced, in place.
 
-    Returns what was done (runtime.linears.Report). EnvironmentFault on CUDA in float32, and on a CPU where
-    no kernels were built. The model can then be used, compiled and captured in CUDA graphs, but not be
-    saved or trained.
+    For models that were pruned, or loaded with LlmsqueezeConfig(dequantize=True): what from_pretrained gives
+    computes with kernels already, and stays as it is. Returns what was done (runtime.linears.Report).
+    EnvironmentFault on CUDA in float32, and on a CPU where no kernels were built. The model can then be used,
+    compiled and captured in CUDA graphs, but not be saved, trained, moved or copied.
     """
+    from llmsqueeze.runtime import sealed
+    from llmsqueeze.runtime.linears import Report
     from llmsqueeze.runtime.linears import use_kernels as replace
 
-    return replace(model)
+    if sealed.is_sealed(model):
+        return Report()
+    report = replace(model)
+    if report.formats:
+        sealed.seal(model)
+    return report
 
 
 _register.install()

@@ -92,10 +92,10 @@ def kernels(console: Console, shapes: str, tokens: str) -> None:
 
 Greedy, batch 1, a cache of fixed size, on a GPU every step one CUDA graph. There both are compiled by
 torch.compile, which takes a minute each; --no-compile leaves it out. Every operator's result is compared with
-its reference first. With a quantised KV cache (quantize-kv) attention reads it as it lies.
+its reference first. A quantised KV cache (quantize-kv) is read as it lies, beside one that is not quantised.
 
 On a CPU each model has a process of its own, whose memory is told, and they take turns; dense is the faster
-of bfloat16 and float32. Quantised KV caches are refused there.
+of bfloat16 and float32.
 """
 )
 @click.argument("checkpoint")
@@ -156,7 +156,7 @@ def model(
         )
         device_facts = {"gpu": torch.cuda.get_device_name(where)}
     else:
-        found = bench_cpu.compare(opened, tokens, precision, note=console.note)
+        found = bench_cpu.compare(opened, tokens, precision, skip_mass=skip_mass, note=console.note)
         device_facts = {
             "cpu": bench_cpu.processor(), "threads": torch.get_num_threads(),
             "dense_dtype": str(found.dense_dtype).removeprefix("torch."),

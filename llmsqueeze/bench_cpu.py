@@ -71,19 +71,17 @@ def compare(
     prompt: Tensor,
     dtype: torch.dtype,
     *,
+    skip_mass: float = 0.0,
     note: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Greedy decoding behind a prompt [tokens]; batch 1. dtype: of the compressed model.
 
-    EnvironmentFault where there are no kernels, and if the compressed model is wrong.
+    skip_mass: what attention may leave out of a quantised cache, see runtime.tiles. EnvironmentFault where
+    there are no kernels, those of the KV cache included, and if the compressed model is wrong.
     """
     if cpu.library() is None:
         raise EnvironmentFault(
             "kernels for a CPU were not built, there was no C++ compiler when llmsqueeze was installed"
-        )
-    if checkpoint.kv_cache:
-        raise EnvironmentFault(
-            "on a CPU bench model measures no quantised KV cache; take the checkpoint before quantize-kv"
         )
     # The compressed one first: if it is wrong, nothing else needs to be loaded.
     wanted = [(dtype, True), *((each, False) for each in DENSE)]
@@ -93,7 +91,7 @@ def compare(
         for each, kernels in wanted:
             name = str(each).removeprefix("torch.")
             note(f"compressed, computed in {name}" if kernels else f"dense in {name}")
-            worker = _Worker(checkpoint.path, prompt, each, kernels)
+            worker = _Worker(checkpoint.path, prompt, each, kernels, skip_mass)
             stack.callback(worker.close)
             workers.append(worker)
             facts.append(worker.ask("load"))
@@ -137,13 +135,23 @@ def compare(
 class _Worker:
     """The parent's end of a process with a model in it."""
 
-    def __init__(self, path: Path, prompt: Tensor, dtype: torch.dtype, kernels: bool) -> None:
+    def __init__(
+        self, path: Path, prompt: Tensor, dtype: torch.dtype, kernels: bool, skip_mass: float
+    ) -> None:
         # A fork would share the parent's pages, and its threads' locks.
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(
             target=_serve,
-            args=(theirs, str(path), prompt.tolist(), dtype, kernels, torch.get_num_threads()),
+            args=(
+                theirs,
+                str(path),
+                prompt.tolist(),
+                dtype,
+                kernels,
+                skip_mass,
+                torch.get_num_threads(),
+            ),
             daemon=True,
         )
         self._process.start()
@@ -171,8 +179,9 @@ class _Worker:
 
 
 def _serve(
-    pipe: Any, path: str, prompt: list[int], dtype: torch.dtype, kernels: bool, threads: int
-) -> None:
+    pipe: Any, path: str, prompt: list[int], dtype: torch.dtype, kernels: bool, skip_mass: float,
+    threads: int,
+) -> None:  # fmt: skip
     """The process's end: answers until the pipe is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says when to end
     torch.set_num_threads(threads)
@@ -184,7 +193,7 @@ def _serve(
             return
         try:
             if what == "load":
-                model = _Model(Path(path), torch.tensor(prompt), dtype, kernels)
+                model = _Model(Path(path), torch.tensor(prompt), dtype, kernels, skip_mass)
                 pipe.send(model.facts)
             else:
                 assert model is not None
@@ -196,7 +205,9 @@ def _serve(
 
 
 class _Model:
-    def __init__(self, path: Path, prompt: Tensor, dtype: torch.dtype, kernels: bool) -> None:
+    def __init__(
+        self, path: Path, prompt: Tensor, dtype: torch.dtype, kernels: bool, skip_mass: float = 0.0
+    ) -> None:
         self._prompt = prompt
         began = time.perf_counter()
         self._model = load(Checkpoint(path), dtype, torch.device("cpu"), kernels=kernels)
@@ -204,12 +215,15 @@ class _Model:
         logits = last_logits(self._model, prompt)
         if not kernels and gating_of(self._model) is not None:
             remove(self._model)
-        self._decoder = Decoder(self._model, len(prompt) + STEPS + 1)
+        formats = getattr(self._model, "llmsqueeze_kv_formats", None) if kernels else None
+        self._decoder = Decoder(
+            self._model, len(prompt) + STEPS + 1, formats=formats, skip_mass=skip_mass
+        )
         tokens = [int(token) for token in self._decoder.generate(prompt, STEPS)]
         # Before what only a bench does: references make weights dense.
         self._memory = _memory()
         count_dropped(self._model, tokens)
-        error, operator = operator_error(self._model, prompt) if kernels else (0.0, "")
+        error, operator = operator_error(self._model, prompt, formats) if kernels else (0.0, "")
         self.facts = _Facts(seconds, logits, error, operator, formats_of(self._model), tokens)
 
     def decode(self) -> tuple[float, float]:

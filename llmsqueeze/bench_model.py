@@ -21,9 +21,10 @@ from llmsqueeze.bench import Timing, relative_error
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.evaluate import cache_options
+from llmsqueeze.ops import packed_append, packed_attention
 from llmsqueeze.runtime import attention, layers, load
 from llmsqueeze.runtime.gates import gating_of, remove
-from llmsqueeze.runtime.generate import Decoder
+from llmsqueeze.runtime.generate import Decoder, fixed_cache
 from llmsqueeze.runtime.kv_cache import LayerFormat
 from llmsqueeze.runtime.linears import use_kernels
 from llmsqueeze.runtime.packed import GatedProduct, PackedLinear
@@ -166,6 +167,8 @@ class _Checking(TorchDispatchMode):  # type: ignore[misc]
         super().__init__()
         self.errors: dict[str, float] = {}
         self._seen: set[tuple[str, ...]] = set()
+        # Arguments of the last kv_append as its reference left them.
+        self._coded: list[Any] = []
 
     def __torch_dispatch__(
         self,
@@ -174,16 +177,29 @@ class _Checking(TorchDispatchMode):  # type: ignore[misc]
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        name = func.overloadpacket.__name__
+        if func.namespace == "llmsqueeze" and name == "kv_append":
+            self._coded = [a.clone() if isinstance(a, Tensor) else a for a in args]
+            packed_append.kv_append(*self._coded)
         y = func(*args, **(kwargs or {}))
-        if func.namespace == "llmsqueeze":
-            name = func.overloadpacket.__name__
+        if func.namespace == "llmsqueeze" and name != "kv_append":
             shapes = (name, *map(_shape, args))
             if shapes not in self._seen:
                 self._seen.add(shapes)
-                error = relative_error(y, getattr(ops, name)(*args))
+                if name == "kv_attend":
+                    name, args = "kv_append, kv_attend", self._over_coded(args)
+                    error = relative_error(y, packed_attention.kv_attend(*args))
+                else:
+                    error = relative_error(y, getattr(ops, name)(*args))
                 known = self.errors.get(name, 0.0)
                 self.errors[name] = known if known >= error or math.isnan(known) else error
         return y
+
+    def _over_coded(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Arguments of kv_attend, tiles and sinks as the reference coded the newest token into them."""
+        q, _, *rest = args
+        tiles, sinks = self._coded[2], self._coded[11:13]
+        return (q, tiles, *rest[:7], *sinks, *rest[9:])
 
 
 def _shape(argument: Any) -> str:
@@ -193,9 +209,16 @@ def _shape(argument: Any) -> str:
 
 
 @torch.no_grad()
-def operator_error(model: nn.Module, prompt: Tensor) -> tuple[float, str]:
-    """The largest relative error of an operator's result while one token is decoded, and whose it is."""
-    cache = DynamicCache(config=model.config)
+def operator_error(
+    model: nn.Module, prompt: Tensor, formats: Mapping[int, LayerFormat] | None = None
+) -> tuple[float, str]:
+    """The largest relative error of an operator's result while one token is decoded, and whose it is.
+
+    formats: of a KV cache in tiles; what is appended to it and what attention makes of it then are one.
+    """
+    cache: Any = DynamicCache(config=model.config)
+    if formats:
+        cache = fixed_cache(model, len(prompt), formats)
     ids = prompt[None].to(next(model.parameters()).device)
     model(ids[:, :-1], **cache_options(model, cache))
     with _Checking() as checking, layers.through_operators():

@@ -246,7 +246,7 @@ def backend_option(body: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--backend", type=click.Choice(["kernels", "reference"]),
         help="How compressed weights are computed with: as they are, by kernels, or made dense."
-        "  [default: kernels on a GPU in 16 bits, and on a CPU to decode; else reference]",
+        "  [default: kernels, on a CPU and on a GPU in 16 bits; where there are none reference]",
     )(body)  # fmt: skip
 
 

@@ -167,9 +167,9 @@ def _search(
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import size
     from llmsqueeze.data import evaluation_windows, load_tokenizer
-    from llmsqueeze.device import choose_backend, evaluation_dtype
-    from llmsqueeze.ops import cpu
+    from llmsqueeze.device import evaluation_dtype
     from llmsqueeze.plan import check_vocabulary, window_length
+    from llmsqueeze.runtime.backend import choose_backend
     from llmsqueeze.search import Goal, Point, search
     from llmsqueeze.traffic import bytes_per_token
 
@@ -179,8 +179,7 @@ def _search(
     )  # fmt: skip
     check_vocabulary(cut.tokens, opened)
     precision = evaluation_dtype("auto", opened.dtype, where)
-    built = cpu.library() is not None
-    backend = choose_backend(None, where, precision, built=built, decoding=False)
+    backend = choose_backend(None, opened, precision, where)
     goal = Goal(ratio, cut.tokens, precision, backend == "kernels")
     described = {
         "target_ppl_ratio": ratio,

@@ -50,24 +50,6 @@ def evaluation_dtype(name: str, stored: torch.dtype, device: torch.device) -> to
     return stored if device.type == "cuda" else torch.float32
 
 
-def choose_backend(
-    name: str | None, device: torch.device, dtype: torch.dtype, *, built: bool, decoding: bool
-) -> str:
-    """What was asked for; else "kernels" where they are faster, or "reference": weights made dense.
-
-    built: whether there are kernels for a CPU; there they are faster for few tokens at a time, decoding.
-    EnvironmentFault when kernels were asked for where there are none.
-    """
-    gpu = device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
-    cpu = device.type == "cpu" and built
-    if name == "kernels" and not (gpu or cpu):
-        raise EnvironmentFault(
-            "--backend kernels needs --device cuda and --dtype bfloat16 or float16, or for a CPU a C++ "
-            "compiler when llmsqueeze is installed"
-        )
-    return name or ("kernels" if gpu or (cpu and decoding) else "reference")
-
-
 def out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had no memory left; torch has an error of its own for devices only."""
     return isinstance(

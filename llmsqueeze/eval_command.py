@@ -181,12 +181,12 @@ def evaluate(
         evaluation_windows,
         load_tokenizer,
     )
-    from llmsqueeze.device import choose_backend, choose_device, evaluation_dtype
+    from llmsqueeze.device import choose_device, evaluation_dtype
     from llmsqueeze.evaluate import perplexity
-    from llmsqueeze.ops import cpu
     from llmsqueeze.passkey import make_prompts, retrieve
     from llmsqueeze.plan import check_vocabulary, window_length
     from llmsqueeze.policy import Policy
+    from llmsqueeze.runtime.backend import choose_backend
     from llmsqueeze.runtime.kv_cache import bits_per_element, parse_format
     from llmsqueeze.subject import prepare
     from llmsqueeze.traffic import bytes_per_token
@@ -202,8 +202,7 @@ def evaluate(
         raise RecipeError(f"{against} and {checkpoint} have different vocabularies")
     precision = evaluation_dtype(dtype, opened.dtype, where)
     length = window_length(opened, seqlen)
-    built = cpu.library() is not None
-    backend = choose_backend(backend, where, precision, built=built, decoding=False)
+    backend = choose_backend(backend, opened, precision, where, console.note)
 
     def cut(source: Checkpoint) -> Windows:
         tokenizer = load_tokenizer(source.path)

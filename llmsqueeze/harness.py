@@ -19,11 +19,11 @@ from torch import Tensor
 
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.data import load_tokenizer, tokenizing
-from llmsqueeze.device import choose_backend, choose_device, evaluation_dtype, exact_matmul
+from llmsqueeze.device import choose_device, evaluation_dtype, exact_matmul
 from llmsqueeze.errors import CalibrationError, CheckpointError, DataError, RecipeError
 from llmsqueeze.evaluate import cache_options
-from llmsqueeze.ops import cpu
 from llmsqueeze.policy import DEFAULT_GATE, Policy
+from llmsqueeze.runtime.backend import choose_backend
 from llmsqueeze.runtime.kv_cache import parse_format
 from llmsqueeze.subject import Subject, prepare
 
@@ -235,8 +235,7 @@ def open_model(
         raise RecipeError(f"gate: {pretrained} has no activation thresholds; sparsify it first")
     where = choose_device(device)
     precision = evaluation_dtype(dtype, checkpoint.dtype, where)
-    built = cpu.library() is not None
-    chosen = choose_backend(backend, where, precision, built=built, decoding=False)
+    chosen = choose_backend(backend, checkpoint, precision, where)
     subject = prepare(
         checkpoint,
         precision,

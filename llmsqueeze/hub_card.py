@@ -28,9 +28,10 @@ model = AutoModelForCausalLM.from_pretrained("{repo}")
 tokenizer = AutoTokenizer.from_pretrained("{repo}")
 ```
 
-This needs llmsqueeze {version} or newer. The weights are dense there, and exactly those that were measured;
-`llmsqueeze.use_kernels(model)` computes with them as they are stored, and `llmsqueeze run {repo} "…"` decodes
-from the command line."""
+This needs llmsqueeze {version} or newer. The model computes with weights as they are stored, on a CPU from
+the file, on a GPU with `device_map="cuda"` in 16 bits; to train or save it, load it dense, with
+`quantization_config=llmsqueeze.LlmsqueezeConfig(dequantize=True)`. `llmsqueeze run {repo} "…"` decodes from
+the command line."""
 
 _LOAD_DENSE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -61,10 +61,11 @@ def run(
         raise RecipeError("the prompt is empty; give one, or pipe it in")
 
     from llmsqueeze.data import load_tokenizer, tokenizing
-    from llmsqueeze.device import choose_backend, choose_device, evaluation_dtype
+    from llmsqueeze.device import choose_device, evaluation_dtype
     from llmsqueeze.ops import cpu
     from llmsqueeze.plan import check_vocabulary
     from llmsqueeze.runtime import load
+    from llmsqueeze.runtime.backend import choose_backend
 
     where = choose_device(device)
     opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
@@ -82,8 +83,7 @@ def run(
             f"{len(ids)} tokens of prompt and --tokens {tokens} are more than the {room} of {name}"
         )
     precision = evaluation_dtype(dtype, opened.dtype, where)
-    built = cpu.library() is not None
-    backend = choose_backend(backend, where, precision, built=built, decoding=True)
+    backend = choose_backend(backend, opened, precision, where, console.note)
     model = load(opened, precision, where, kernels=backend == "kernels")
     ends = _ends(model, tokenizer)
     found: list[int] = []
@@ -93,7 +93,7 @@ def run(
     decoder = None
     if opened.kv_cache is None or backend == "kernels":
         decoder = _decoder(console, model, len(ids) + tokens, skip_mass)
-    elif where.type == "cpu" and not built:
+    elif where.type == "cpu" and cpu.library() is None:
         console.note(
             "the KV cache is unpacked at every step: there was no C++ compiler when llmsqueeze was installed"
         )

@@ -120,6 +120,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return make
 
 
+def load_dense(path: Path, **options: Any) -> Any:
+    """A checkpoint by transformers, also one of ours with weights as they were before they were packed."""
+    from transformers import AutoModelForCausalLM
+
+    from llmsqueeze import LlmsqueezeConfig
+
+    if "quantization_config" in json.loads((path / "config.json").read_text()):
+        options["quantization_config"] = LlmsqueezeConfig(dequantize=True)
+    return AutoModelForCausalLM.from_pretrained(path, **options)
+
+
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """About 6000 bytes of varied ASCII, one token each under the tiny tokenizer."""

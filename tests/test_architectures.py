@@ -19,7 +19,7 @@ from llmsqueeze.errors import CheckpointError
 from llmsqueeze.methods import weight_method
 from llmsqueeze.methods.base import Target
 from llmsqueeze.recipe import PruneRecipe
-from tests.conftest import MIXTURES, TINY
+from tests.conftest import MIXTURES, TINY, load_dense
 
 Tiny = Callable[..., Path]
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def tokens(samples: int = 5, seqlen: int = 16) -> Tensor:
 
 
 def reference(path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return load_dense(path, dtype=torch.float32).eval()
 
 
 @torch.no_grad()
@@ -250,7 +250,7 @@ def test_sparsity_zero_changes_no_logit(
     prune(path, out, method, 0.0, text_file)
     with torch.no_grad():
         a = AutoModelForCausalLM.from_pretrained(path)(tokens()).logits
-        b = AutoModelForCausalLM.from_pretrained(out)(tokens()).logits
+        b = load_dense(out)(tokens()).logits
     assert torch.equal(a, b)
 
 
@@ -261,7 +261,7 @@ def test_loaded_model_is_exactly_the_masked_one(
     path, out = tiny(family), tmp_path / "out"
     report = prune(path, out, "wanda", 0.5, text_file)
     dense = AutoModelForCausalLM.from_pretrained(path)
-    pruned = AutoModelForCausalLM.from_pretrained(out)
+    pruned = load_dense(out)
     assert pruned.dtype == torch.bfloat16
     parameters = dict(pruned.named_parameters())
     assert set(parameters) == set(dict(dense.named_parameters()))

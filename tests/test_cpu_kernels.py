@@ -446,3 +446,21 @@ def test_a_model_with_gates_computes_the_same(format: str, rank: int) -> None:
         assert off(logits(model, ids), logits(exact, ids).double()) < 1e-5
     use_kernels(narrow)
     assert operator_error(narrow, IDS[0])[0] < 1e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_panels_are_put_where_they_belong(
+    dtype: torch.dtype, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One panel, and several, the last of them smaller, in memory that they share."""
+    weight = (torch.randn(50, 48) * (torch.rand(50, 48) < 0.5)).bfloat16()
+    x, parts = torch.randn(2, 40, 48).to(dtype), pack_bitmask(weight)
+    offset = torch.randn(50).to(dtype) if bias else None
+    exact = x.double() @ weight.double().t() + (0 if offset is None else offset.double())
+    for size in (16 * 2**20, 48 * dtype.itemsize * 7):
+        monkeypatch.setattr(ops, "PANEL", size)
+        for _ in range(2):
+            found = torch.ops.llmsqueeze.bitmask_linear(x, *parts, offset)
+            assert found.is_contiguous() and found.dtype == dtype
+            assert off(found, exact) < {torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]

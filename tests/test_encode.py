@@ -21,6 +21,7 @@ from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.numerics import int8
 from llmsqueeze.sparsify import sparsify
 from llmsqueeze.sparsify_recipe import SparsifyRecipe
+from tests.conftest import load_dense
 from tests.test_compress import same
 
 Cli = Callable[..., Any]
@@ -96,7 +97,7 @@ def test_every_linear_of_every_block_is_rounded(encoded: Path, tiny: Tiny) -> No
 
 
 def test_transformers_loads_what_was_encoded(encoded: Path, tiny: Tiny) -> None:
-    model = AutoModelForCausalLM.from_pretrained(encoded)
+    model = load_dense(encoded)
     original = AutoModelForCausalLM.from_pretrained(tiny())
     for (name, found), weight in zip(model.named_parameters(), original.parameters(), strict=True):
         linear = ".layers." in name and name.endswith("proj.weight")

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.numerics.histogram import MagnitudeHistogram
 from llmsqueeze.numerics.masks import keep_highest, keep_nm, zero_removed
 from llmsqueeze.numerics.packing import pack_bitmask, unpack_bitmask
 from llmsqueeze.ops import gate
-from tests.conftest import TINY
+from tests.conftest import TINY, load_dense
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,7 +73,7 @@ def test_loading_to_the_device(
 ) -> None:
     out = tmp_path / "out"
     assert cli("prune", tiny(), "-o", out, "--method", "magnitude", "-q").exit_code == 0
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=dtype, **options)
+    model = load_dense(out, dtype=dtype, **options)
     checkpoint = Checkpoint(out)
     for name, stored in checkpoint.read(checkpoint.sources).items():
         placed = model.get_parameter(name)

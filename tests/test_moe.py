@@ -30,7 +30,7 @@ from llmsqueeze.recipe import PruneRecipe
 from llmsqueeze.runtime import load
 from llmsqueeze.site import LEAST_TOKENS, prune_site
 from llmsqueeze.work import Work
-from tests.conftest import save_tokenizer, tiny_model
+from tests.conftest import load_dense, save_tokenizer, tiny_model
 from tests.methods.test_refit import admm_by_loop
 from tests.methods.test_weight_methods import sparsegpt_by_loop
 
@@ -92,7 +92,7 @@ def idle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def reference(path: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return load_dense(path, dtype=torch.float32).eval()
 
 
 def names_in(path: Path) -> dict[str, tuple[int, ...]]:
@@ -438,7 +438,7 @@ def test_unpruned_it_is_the_same_bit_for_bit(
         )
         assert names_in(dense) == names_in(path)
         for found in (source, ours, dense):
-            assert same_weights(AutoModelForCausalLM.from_pretrained(found), model), found
+            assert same_weights(load_dense(found), model), found
 
 
 @both
@@ -456,7 +456,7 @@ def test_pruned_it_loads_everywhere(
     owners = {name.partition("_values")[0].partition("_mask")[0].partition("_row_offsets")[0]
               for name in names_in(out)}  # fmt: skip
     assert owners == set(names_in(path)) == set(names_in(dense))
-    mine, plain = (AutoModelForCausalLM.from_pretrained(p) for p in (out, dense))
+    mine, plain = (load_dense(p) for p in (out, dense))
     assert same_weights(mine, plain)
     ours = load(Checkpoint(out), torch.float32, CPU, kernels=True)(ids_of()).logits
     close(ours, plain.float()(ids_of()).logits, 1e-4)

@@ -26,7 +26,7 @@ from llmsqueeze.runtime.gates import GatedLinear, gating_of
 from llmsqueeze.shards import SIDE_NAME
 from llmsqueeze.sparsify_recipe import SparsifyRecipe
 from llmsqueeze.traffic import bytes_per_token, stored_bytes
-from tests.conftest import TINY
+from tests.conftest import TINY, load_dense
 
 CPU = torch.device("cpu")
 FP32 = torch.float32
@@ -87,7 +87,7 @@ def test_every_family_loads_gated_through_transformers(
     source, out = tiny(family), tmp_path / "out"
     document = made(cli, source, out, "--sparsity", 0.5, *args)
     plain = AutoModelForCausalLM.from_pretrained(source, dtype=FP32).eval()
-    model = AutoModelForCausalLM.from_pretrained(out, dtype=FP32).eval()
+    model = load_dense(out, dtype=FP32).eval()
     gating = gating_of(model)
     assert gating is not None and set(gating.gates) == set(document["gates"])
     ids = torch.randint(3, 150, (2, 20), generator=torch.Generator().manual_seed(0))

@@ -145,12 +145,22 @@ def by_panels(
     """W x + b where W, of so many rows, exists PANEL bytes at a time: part(begin, end) gives some."""
     if bias is not None and bias.dim() > 1:
         return by_panels(x, rows, None, part) + bias
-    y = x.new_empty(*x.shape[:-1], rows)
     panel = max(1, PANEL // (x.element_size() * x.shape[-1]))
+    if rows <= panel:
+        return torch.nn.functional.linear(x, part(0, rows).to(x.dtype), bias)
+    y = x.new_empty(*x.shape[:-1], rows)
+    # Outputs of a long text are many: BLAS can put them where they belong, in fp32.
+    placed = x.device.type == "cpu" and x.dtype == torch.float32
+    flat = x.reshape(-1, x.shape[-1])
     for begin in range(0, rows, panel):
         end = min(begin + panel, rows)
-        offset = None if bias is None else bias[begin:end]
-        y[..., begin:end] = torch.nn.functional.linear(x, part(begin, end).to(x.dtype), offset)
+        weight, offset = part(begin, end).to(x.dtype), None if bias is None else bias[begin:end]
+        if not placed:
+            y[..., begin:end] = torch.nn.functional.linear(x, weight, offset)
+        elif offset is None:
+            torch.mm(flat, weight.t(), out=y.view(-1, rows)[:, begin:end])
+        else:
+            torch.addmm(offset, flat, weight.t(), out=y.view(-1, rows)[:, begin:end])
     return y
 
 

@@ -17,6 +17,7 @@ from llmsqueeze import ops
 from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import int8, kv_tiles
 from llmsqueeze.ops import layer, packed_attention
+from llmsqueeze.ops.scratch import scratch
 
 # Instruction sets of the code in kernels.
 INSTRUCTIONS = ("portable", "AVX2", "AVX-512", "AMX")
@@ -344,7 +345,7 @@ def _fields(format: list[int]) -> ctypes.Array[ctypes.c_int64]:
 
 
 class _Expander:
-    """Makes rows of a bitmask dense, in a buffer of its own: what rows() returned last is overwritten."""
+    """Makes rows of a bitmask dense, in one buffer: what rows() returned last is overwritten."""
 
     def __init__(
         self, loaded: ctypes.CDLL, x: Tensor, values: Tensor, mask: Tensor, row_offsets: Tensor,
@@ -354,12 +355,9 @@ class _Expander:
         self._values, self._mask, self._row_offsets = values, mask, row_offsets
         self._columns = columns
         self._dtype = values.dtype if values.dtype == x.dtype else torch.float32
-        self._held = torch.empty(0, columns, dtype=self._dtype)
 
     def rows(self, begin: int, end: int) -> Tensor:
-        if len(self._held) < end - begin:
-            self._held = torch.empty(end - begin, self._columns, dtype=self._dtype)
-        weight = self._held[: end - begin]
+        weight = scratch(end - begin, self._columns, self._dtype, keep=ops.PANEL)
         self._loaded.llmsqueeze_bitmask_expand(
             self._values.data_ptr(), self._mask[begin:].data_ptr(),
             self._row_offsets[begin:].data_ptr(), weight.data_ptr(), end - begin, self._columns,

@@ -127,8 +127,7 @@ def compiler() -> str:
             from cuda.bindings import nvrtc
     except ImportError as error:
         raise EnvironmentFault(
-            "CUDA kernels need the package cuda-core; run: pip install 'llmsqueeze[cuda]', "
-            "or use --backend reference"
+            "CUDA kernels need the package cuda-core; run: pip install 'llmsqueeze[cuda]'"
         ) from error
     return f"cuda.core {cuda.core.__version__}, nvrtc {nvrtc.nvrtcVersion()}"
 

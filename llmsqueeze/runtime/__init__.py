@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import llmsqueeze.integration  # noqa: F401  registers the format with transformers
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError
+from llmsqueeze.integration import LlmsqueezeConfig  # and registers the format with transformers
 from llmsqueeze.runtime import mapped
 from llmsqueeze.runtime.generation import read_generation
 from llmsqueeze.runtime.linears import use_kernels
@@ -35,6 +35,8 @@ def load(
     )
     # Or it would look for weights by itself: by other names, and pickled ones in the end.
     config.transformers_weights = entry_name(checkpoint.path)
+    # The dense form has a manifest, too, and nothing that transformers would decode.
+    compressed = "quantization_config" in checkpoint.config
     model, info = AutoModelForCausalLM.from_pretrained(
         checkpoint.path,
         config=config,
@@ -43,6 +45,7 @@ def load(
         trust_remote_code=False,
         use_safetensors=True,
         output_loading_info=True,
+        quantization_config=LlmsqueezeConfig(dequantize=True) if compressed else None,
     )
     for problem in ("missing_keys", "mismatched_keys"):
         if info.get(problem):

@@ -7,7 +7,7 @@ gated is the model's Policy: one token alone (decoding) always is.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,7 +210,7 @@ def install(
             up = part.ups[member].to(weight) if part.ups else None
             last = member == part.members[-1]
             _replace(root, member, GatedLinear(linear, gate, up, last=last))
-    hook = _note_length(gating)
+    hook = _Length(gating)
     for block in blocks:
         block.register_forward_pre_hook(hook, with_kwargs=True)
     return gating
@@ -240,12 +240,15 @@ def gating_of(model: nn.Module) -> Gating | None:
     return None
 
 
-def _note_length(gating: Gating) -> Callable[[nn.Module, Any, Any], None]:
-    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        gating.length = hidden.shape[1]
+class _Length:
+    """A hook of decoder blocks: how many tokens this pass has. A copy of the model gets its own."""
 
-    return note
+    def __init__(self, gating: Gating) -> None:
+        self.gating = gating
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.gating.length = hidden.shape[1]
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -20,6 +20,7 @@ from llmsqueeze.errors import EnvironmentFault
 from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, sparse24
 from llmsqueeze.ops import cpu, in_pairs
 from llmsqueeze.runtime import layers, mlp, residual
+from llmsqueeze.runtime.backend import missing
 from llmsqueeze.runtime.fused import Fused, FusedPart
 from llmsqueeze.runtime.gates import GatedLinear
 from llmsqueeze.runtime.packed import (
@@ -82,8 +83,12 @@ class Report:
     seconds: float = 0.0
 
     def add(self, format: str, linears: int, weight: Tensor, module: nn.Module) -> None:
+        self.count(format, linears, _bytes(weight), module)
+
+    def count(self, format: str, linears: int, before: int, module: nn.Module) -> None:
+        """before: bytes of the weights that a module now has."""
         self.formats[format] += linears
-        self.bytes_before += _bytes(weight)
+        self.bytes_before += before
         self.bytes_after += sum(_bytes(buffer) for buffer in module.buffers())
 
 
@@ -281,26 +286,8 @@ def _kind(linear: nn.Linear) -> tuple[Any, ...]:
 
 
 def _check(dtype: torch.dtype, device: torch.device) -> None:
-    if device.type == "cpu":
-        if cpu.library() is None:
-            raise EnvironmentFault(
-                "kernels for a CPU were not built, there was no C++ compiler when llmsqueeze was installed; "
-                "use --backend reference, or --device cuda"
-            )
-        return
-    if device.type != "cuda":
-        raise EnvironmentFault(
-            "kernels for compressed weights run on CUDA and CPUs only; use --device cuda"
-        )
-    if dtype not in (torch.bfloat16, torch.float16):
-        raise EnvironmentFault(
-            f"kernels compute in bfloat16 or float16, not {str(dtype).removeprefix('torch.')};"
-            " use --dtype bfloat16, or --backend reference"
-        )
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        raise EnvironmentFault(
-            "kernels need a GPU of compute capability 8.0; use --backend reference"
-        )
+    if reason := missing(dtype, device):
+        raise EnvironmentFault(f"{reason}, or use --backend reference")
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -6,6 +6,7 @@ group of linears after another, so that none but that group is ever dense in mem
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from llmsqueeze.checkpoint import Checkpoint, PackedSource, place
 from llmsqueeze.ops import cpu
 from llmsqueeze.policy import Policy
 from llmsqueeze.runtime import gates, kv_cache, layers, linears
+from llmsqueeze.runtime.backend import has_work
 from llmsqueeze.runtime.gates import GatedLinear
 from llmsqueeze.runtime.generation import read_generation
 from llmsqueeze.runtime.packed import (
@@ -27,18 +29,40 @@ from llmsqueeze.runtime.packed import (
 )
 
 
-@torch.no_grad()
 def load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any | None:
-    """The causal language model, ready to run; None if kernels do not use all of it as it is stored.
+    """The causal language model, ready to run; None if kernels do not use all of it as it is stored."""
+    if cpu.library() is None or not has_work(checkpoint):
+        return None
+    model = checkpoint.build(dtype)
+    if not suits(checkpoint, model) or fill(model, checkpoint, dtype) is None:
+        return None
+    if generation := read_generation(checkpoint):
+        model.generation_config = generation
+    if checkpoint.kv_cache:
+        formats = kv_cache.stored_formats(checkpoint.kv_cache, checkpoint.read_kv_cache())
+        kv_cache.attach(model, formats)
+    return model
+
+
+def suits(checkpoint: Checkpoint, model: Any) -> bool:
+    """Whether fill() takes a model as the checkpoint builds it. There are no kernels for experts, and none
+    that keep some modules in fp32."""
+    strict = getattr(model, "_keep_in_fp32_modules_strict", None)
+    return not (
+        checkpoint.mixture or getattr(model, "_keep_in_fp32_modules", None) or strict
+    ) and has_work(checkpoint)
+
+
+@torch.no_grad()
+def fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> linears.Report | None:
+    """Give an empty model, of parameters on the meta device, the checkpoint's weights and gates.
+
+    Returns what was done; None if parameters were left empty.
 
     Linears, the head's too, have the bits of the file whatever dtype is, and so do embeddings, whose rows
     are cast as they are looked up; what else there is is cast at once.
     """
-    if cpu.library() is None or not _fits(checkpoint):
-        return None
-    model = checkpoint.build(dtype)
-    if getattr(model, "_keep_in_fp32_modules", None):
-        return None
+    begun = time.perf_counter()
     gated = _install_gates(model, checkpoint, dtype)
     modules = dict(model.named_modules())
     embedded = model.get_input_embeddings()
@@ -63,28 +87,26 @@ def load(checkpoint: Checkpoint, dtype: torch.dtype) -> Any | None:
         model.tie_weights()
     if any(parameter.is_meta for parameter in model.parameters()):
         return None
+    report = linears.Report()
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            wide = module.out_features * module.in_features * dtype.itemsize
+            report.count(module.format, 1, wide, module)
     if gated:
 
         def read(path: str, linear: nn.Linear) -> Tensor:
             return checkpoint.read([f"{path}.weight"])[f"{path}.weight"].to(dtype)
 
-        linears.pack_linears(model, torch.device("cpu"), choose=linears.on_cpu, weight_of=read)
+        found = linears.pack_linears(
+            model, torch.device("cpu"), choose=linears.on_cpu, weight_of=read
+        )
+        report.formats.update(found.formats)
+        report.bytes_before += found.bytes_before
+        report.bytes_after += found.bytes_after
     else:
         layers.join(model)
-    if generation := read_generation(checkpoint):
-        model.generation_config = generation
-    if checkpoint.kv_cache:
-        formats = kv_cache.stored_formats(checkpoint.kv_cache, checkpoint.read_kv_cache())
-        kv_cache.attach(model, formats)
-    return model
-
-
-def _fits(checkpoint: Checkpoint) -> bool:
-    """Whether anything in it is for kernels: compressed weights, or gates. There are none for experts."""
-    if checkpoint.mixture:
-        return False
-    packed = [s for s in checkpoint.sources.values() if isinstance(s, PackedSource)]
-    return bool(packed) or checkpoint.activation is not None
+    report.seconds = time.perf_counter() - begun
+    return report
 
 
 def _install_gates(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> bool:

@@ -11,6 +11,7 @@ from llmsqueeze.numerics import gaps, int8, mixed24, outputs24, panels, sparse24
 from llmsqueeze.numerics.packing import pack_bitmask
 from llmsqueeze.ops import input_major, linear, round_down
 from llmsqueeze.runtime.gates import Gate
+from llmsqueeze.runtime.sealed import refusal
 
 # Below, reading where the zeros are costs nearly what they saved.
 LEAST_SPARSITY = 0.4
@@ -356,6 +357,4 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _refuse(*args: Any) -> None:
-    raise RuntimeError(
-        "this model was converted for kernels and cannot be saved; load the checkpoint again to save it"
-    )
+    raise refusal("saved")
