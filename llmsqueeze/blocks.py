@@ -26,6 +26,9 @@ from llmsqueeze.streams import Stream
 # Tokens per forward pass: enough to amortise reading the weights, few enough to stay in cache.
 CPU_BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 16384
+# What is no larger is copied when it is read: as long as one tensor of a file is held, so are all pages that were
+# read with it, and norms wait for their shard while the block's weights were compressed long ago.
+SMALL = 2**20
 
 
 # How one block is called: positional arguments after the hidden states, keyword arguments.
@@ -143,7 +146,8 @@ def load_blocks(
     for index, (block, read) in enumerate(
         zip(blocks[start.done :], reading, strict=True), start.done
     ):
-        tensors = {n: t.to(device) for n, t in read.items()}
+        # Taken out one by one: what is compressed is to hold no page of the source any more.
+        tensors = {n: read.pop(n).to(device) for n in list(read)}
         prefix = f"{checkpoint.blocks_path}.{index}."
         linears = {n.removeprefix(prefix): m for n, m in checkpoint.linears(index, model).items()}
         run, other = None, None
@@ -164,12 +168,17 @@ def _read_ahead(
     checkpoint: Checkpoint, device: torch.device, start: int
 ) -> Iterator[dict[str, Tensor]]:
     """Each block's parameters on the CPU, the next block being read while one is worked on."""
+
+    def read(names: list[str]) -> dict[str, Tensor]:
+        found = checkpoint.read(names)
+        return {n: t.clone() if t.nbytes <= SMALL else t for n, t in found.items()}
+
     names = [checkpoint.block_parameters(index) for index in range(start, checkpoint.block_count)]
     with beside(device) as reader:
-        upcoming = reader.submit(checkpoint.read, names[0])
+        upcoming = reader.submit(read, names[0])
         for following in names[1:]:
             block = upcoming.result()
-            upcoming = reader.submit(checkpoint.read, following)
+            upcoming = reader.submit(read, following)
             yield block
         yield upcoming.result()
 
