@@ -46,8 +46,8 @@ class BlockStep:
     """One block for the caller to compress before the walk goes on.
 
     index; tensors: every parameter of the block by full name, in stored dtype on the compute device;
-    groups: the linears that can be compressed at one time, as soon as their statistics are complete. Take them
-    all, in order. after: the boundary behind the block, once all were taken.
+    groups: the linears that can be compressed at one time, as soon as their statistics are complete. Take
+    them all, in order. after: the boundary behind the block, once all were taken.
     """
 
     def __init__(
@@ -236,7 +236,9 @@ class _Measure:
                     for leader in sums:
                         self._record(sums[leader], leader, rows, pair)
                     if self.dense and not self.run.last:
-                        pair[1].advance()  # its output stays what it is; ours has yet to be compressed
+                        pair[
+                            1
+                        ].advance()  # its output stays what it is; ours has yet to be compressed
                     for stream in pair:
                         stream.close()
                 for pool in pools.values():

@@ -170,8 +170,8 @@ def _plain_walk(checkpoint: Checkpoint, walk: Walk) -> int:
 def _statistics(
     group: _Group, needs: frozenset[str], recipe: PruneRecipe, held_out: int, probes: int
 ) -> int:
-    """Of one input group: sums for all tokens, those held out, and the rest, before which the sums of the part
-    that is measured are in its place; some tokens as they came."""
+    """Of one input group: sums for all tokens, those held out, and the rest, before which the sums of the
+    part that is measured are in its place; some tokens as they came."""
     squares = group.width * ("gram" in needs)
     if "product" in needs and recipe.dense_share:
         squares += group.width + group.drift

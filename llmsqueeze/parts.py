@@ -1,7 +1,7 @@
 """Calibration samples in parts that do not depend on how many ranks share them.
 
-A part is measured by itself and added to the sum in its turn, wherever it was measured. Part n belongs to rank
-n modulo the ranks, so that all ranks have one to add at a time.
+A part is measured by itself and added to the sum in its turn, wherever it was measured. Part n belongs to
+rank n modulo the ranks, so that all ranks have one to add at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class Part:
 
 
 def cut_parts(tokens: Tensor, batch: int, held_out: int) -> list[Part]:
-    """At most MOST parts of tokens, [samples, seqlen], as even as whole batches allow; none mixes held-out samples with others."""
+    """At most MOST parts of tokens, [samples, seqlen], as even as whole batches allow.
+
+    None mixes held-out samples with others.
+    """
     batches = cut_batches(tokens, batch, held_out)
     first = sum(rows.start < tokens.shape[0] - held_out for rows in batches)
     kinds = [(batches[:first], False), (batches[first:], True)]
@@ -83,8 +86,8 @@ class Split:
 class Pool:
     """The sums of one input group, part by part. new: makes empty ones; like: [any, in], its inputs' dtype.
 
-    For every round: fresh(), which is filled with this rank's part, then add(); then finish(). On more than one
-    rank every rank keeps a slice of the sums until then, so that it holds two of each, as a single one does.
+    For every round: fresh(), which is filled with this rank's part, then add(); then finish(). Of several
+    ranks each adds up a slice of the sums until then.
     """
 
     def __init__(self, split: Split, new: Callable[[], InputStats], like: Tensor) -> None:

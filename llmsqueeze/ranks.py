@@ -2,8 +2,8 @@
 
 Every rank runs the same program and meets the others in the same calls, in the same order. Sums are added in
 an order that is fixed whatever rank has a part of them, so that results have the same bits for any number of
-ranks. What is said goes by gloo, as JSON: nothing is unpickled. Tensors go by nccl on GPUs, and only when gloo
-has seen that all ranks are there, since a dead rank closes its connections, which gloo notices at once.
+ranks. What is said goes by gloo, as JSON: nothing is unpickled. Tensors go by nccl on GPUs, and only when
+gloo has seen that all ranks are there, since a dead rank closes its connections, which gloo notices at once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import itertools
 import json
 import os
 import sys
@@ -81,9 +82,17 @@ class Team:
 
     def lead(self, act: Callable[[], None]) -> None:
         """Let the first rank do it; the others wait, and raise what it raises."""
+        failure = None
         if self.leads:
-            act()
-        self.gather(None)
+            try:
+                act()
+            except Exception as error:
+                failure = error
+        told = self.gather(failure and self._told(failure))[0]
+        if failure:
+            raise failure
+        if told:
+            raise _heard(told)
 
     def first(self, act: Callable[[], T]) -> T:
         """Let the first rank do it, then all others: they find what it has fetched or made."""
@@ -105,7 +114,7 @@ class Team:
     def slices(self, size: int) -> list[slice]:
         """Numbers of a flat tensor that each rank adds up."""
         cuts = [size * rank // self.size for rank in range(self.size + 1)]
-        return [slice(begin, end) for begin, end in zip(cuts, cuts[1:], strict=False)]
+        return [slice(begin, end) for begin, end in itertools.pairwise(cuts)]
 
     def scatter(self, tensor: Tensor) -> Tensor:
         """[ranks, own slice]: what every rank has there. tensor: contiguous, of the same size on all."""
@@ -129,37 +138,39 @@ class Team:
                 flat[part] = own
             self.send(flat[part], rank)
 
-    def leave_files(self) -> None:
-        """Wait, but not long, until the other ranks write nothing any more."""
+    def leave_files(self, error: BaseException) -> None:
+        """Wait, but not long, until the other ranks write nothing any more, since this one has failed."""
+        if self.size == 1:
+            return
+        self.say_failed(error)
         until = time.monotonic() + LEAVE_SECONDS
         names = [LEFT.format(rank) for rank in range(1, self.size)]
         with contextlib.suppress(RuntimeError):  # the store may be gone with the rank that had it
-            while names and not self._store.check(names) and time.monotonic() < until:
+            while not self._store.check(names) and time.monotonic() < until:
                 time.sleep(0.02)
 
-    def failed(self) -> LlmsqueezeError | None:
+    def failed(self) -> Exception | None:
         """What a rank said before it ended."""
         try:
-            said = json.loads(self._store.get(FAILED)) if self._store.check([FAILED]) else None
+            told = self._store.get(FAILED) if self._store.check([FAILED]) else None
         except RuntimeError:
             return None
-        if said is None:
-            return None
-        kind = getattr(errors, said["kind"], None)
-        if isinstance(kind, type) and issubclass(kind, LlmsqueezeError):
-            return kind(said["message"])
-        raise RuntimeError(f"rank {said['rank']}: {said['kind']}: {said['message']}")
+        return _heard(json.loads(told)) if told else None
 
     def say_failed(self, error: BaseException) -> None:
         """Let the others know why this rank will not meet them any more. The first to say so is heard."""
-        told = {"rank": self.rank, "kind": type(error).__name__, "message": str(error)}
         with contextlib.suppress(RuntimeError):
-            self._store.compare_set(FAILED, "", json.dumps(told))
+            self._store.compare_set(FAILED, "", json.dumps(self._told(error)))
+        dist.destroy_process_group()  # what the others wait for fails now
 
     def say_left(self) -> None:
         """Let the first rank know that this one writes nothing any more."""
         with contextlib.suppress(RuntimeError):
             self._store.set(LEFT.format(self.rank), "1")
+
+    def _told(self, error: BaseException) -> dict[str, Any]:
+        error = _plain(error)
+        return {"rank": self.rank, "kind": type(error).__name__, "message": str(error)}
 
     @contextlib.contextmanager
     def _meeting(self) -> Iterator[None]:
@@ -170,8 +181,8 @@ class Team:
                 raise
             reason = str(error).splitlines()[0].rpartition("] ")[2]
             raise self.failed() or RankLost(
-                f"a rank was lost ({reason.partition('. ')[0]}); the same command goes on from the last state "
-                "that was kept"
+                f"a rank was lost ({reason.partition('. ')[0]}); the same command goes on from the last "
+                "state that was kept"
             ) from error
 
 
@@ -194,8 +205,8 @@ def joined(world: World, device: torch.device) -> Iterator[Team]:
     except BaseException as error:
         # The launcher's signal may be quicker than the news of why it was sent.
         heard = None if isinstance(error, Exception) else team.failed()
-        if isinstance(error, Exception):
-            team.say_failed(_plain(error))
+        if dist.is_initialized():
+            team.say_failed(error)
         if heard:
             raise heard from error
         raise
@@ -226,8 +237,20 @@ def _meet(world: World, device: torch.device) -> Team:
     return Team(world.rank, world.size, dist.PrefixStore("said", store))
 
 
-def _plain(error: Exception) -> Exception:
+def _heard(told: dict[str, Any]) -> Exception:
+    """The error that another rank told of."""
+    kind = getattr(errors, told["kind"], None)
+    if isinstance(kind, type) and issubclass(kind, LlmsqueezeError):
+        return kind(told["message"])
+    return RuntimeError(f"rank {told['rank']}: {told['kind']}: {told['message']}")
+
+
+def _plain(error: BaseException) -> BaseException:
     """What other ranks are told: failures of the machine as errors that they know."""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        return RankLost(
+            "a rank was interrupted; the same command goes on from the last state that was kept"
+        )
     if out_of_memory(error):
         return ResourceError("out of memory; try smaller --samples, --seqlen or --batch-size")
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
@@ -254,4 +277,3 @@ def shared_out(costs: Sequence[int], size: int) -> list[int]:
         owners[task] = min(range(size), key=lambda rank: (loads[rank], rank))
         loads[owners[task]] += costs[task]
     return owners
-
