@@ -16,9 +16,7 @@ from torch import Tensor
 from llmsqueeze.blocks import cut_batches
 from llmsqueeze.numerics.stats import InputStats
 from llmsqueeze.ranks import ALONE, Team
-
-# More than this many ranks would have nothing to do.
-MOST = 16
+from llmsqueeze.world import MOST_RANKS as MOST
 
 
 @dataclass(frozen=True)

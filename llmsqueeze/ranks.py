@@ -17,7 +17,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -25,8 +24,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmsqueeze import errors
-from llmsqueeze.device import out_of_memory
-from llmsqueeze.errors import EnvironmentFault, LlmsqueezeError, RankLost, ResourceError
+from llmsqueeze.device import choose_device, out_of_memory
+from llmsqueeze.errors import (
+    EnvironmentFault,
+    LlmsqueezeError,
+    RankLost,
+    RecipeError,
+    ResourceError,
+)
+from llmsqueeze.world import World
 
 T = TypeVar("T")
 
@@ -35,20 +41,6 @@ TIMEOUT = datetime.timedelta(hours=1)
 # How long the first rank waits for the others to let go of files that it is about to remove.
 LEAVE_SECONDS = 5.0
 FAILED, LEFT = "failed", "left-{}"
-
-
-@dataclass(frozen=True)
-class World:
-    """Which of how many ranks this process is, on all machines and on this one.
-
-    meeting: a file that the ranks of one machine find each other by; "" for torchrun's own variables.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    local_size: int = 1
-    meeting: str = ""
 
 
 class Team:
@@ -187,6 +179,34 @@ class Team:
 
 
 ALONE = Team()
+
+
+def own_device(name: str, world: World, gpus: int | None) -> torch.device:
+    """What --device means for one of several ranks: each takes a GPU of its own.
+
+    gpus: how many were asked for. EnvironmentFault when there are fewer.
+    """
+    where = choose_device(name)
+    count = torch.cuda.device_count()
+    if where.type == "cpu":
+        if gpus is not None and name != "cpu":
+            raise EnvironmentFault(
+                f"--gpus {gpus}: this torch ({torch.__version__}) sees {count} GPUs; with --device cpu there "
+                "are as many ranks on the CPU"
+            )
+        return where
+    if world.size == 1:
+        return where
+    if where.index is not None:
+        raise RecipeError(
+            f"--device {name}: each of {world.size} ranks takes a GPU of its own; use --device cuda, and "
+            "CUDA_VISIBLE_DEVICES to choose them"
+        )
+    if world.local_size > count:
+        raise EnvironmentFault(
+            f"{world.local_size} ranks: this torch ({torch.__version__}) sees {count} GPUs"
+        )
+    return torch.device("cuda", world.local_rank)
 
 
 @contextlib.contextmanager

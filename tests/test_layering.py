@@ -34,8 +34,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "presets": (),
     "policy": ("errors",),
     "shards": ("ranks", "untrusted", "errors"),
-    "ranks": ("device", "errors"),
-    "parts": ("blocks", "numerics", "ranks"),
+    "ranks": ("device", "world", "errors"),
+    "world": (),
+    "parts": ("blocks", "numerics", "ranks", "world"),
     "artifact": (
         "ranks",
         "activation",
@@ -216,7 +217,7 @@ COMMANDS = (
     "run_command",
     "sparsify_command",
 )
-SKIN = ("cli", "command", "console", "interrupt", "__main__", *COMMANDS)
+SKIN = ("cli", "command", "console", "interrupt", "launch", "__main__", *COMMANDS)
 
 
 def name_of(path: Path) -> str:
