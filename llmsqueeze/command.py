@@ -50,12 +50,12 @@ def make_console(
 
 def common(body: Callable[..., None]) -> Callable[..., None]:
     """Options that every command takes, and the one place where failures become exit codes."""
-    return _command(body, _libraries)
+    return _command(body, libraries)
 
 
 def shared(body: Callable[..., None]) -> Callable[..., None]:
-    """The same for commands that several ranks can share."""
-    return _command(body, _libraries, ranks=True)
+    """The same for commands that several ranks can share. They call `libraries` when they are one."""
+    return _command(body, lambda verbose: None, ranks=True)
 
 
 def light(body: Callable[..., None]) -> Callable[..., None]:
@@ -348,7 +348,7 @@ def site_documents(manifest: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _libraries(verbose: bool) -> None:
+def libraries(verbose: bool) -> None:
     """Keep the libraries' own warnings and bars off the terminal unless they are asked for."""
     import warnings
 

@@ -18,6 +18,7 @@ from llmsqueeze.command import (
     checkpoint_options,
     config_options,
     device_option,
+    libraries,
     open_checkpoint,
     resume_option,
     shared,
@@ -169,6 +170,7 @@ def prune(
 ) -> None:
     recipe = build_recipe(read_recipe(recipe_file) if recipe_file else {}, options)
     world = share(console, gpus)
+    libraries(console.verbose)
 
     from llmsqueeze import compress
     from llmsqueeze.allocator import return_freed

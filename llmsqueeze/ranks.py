@@ -223,11 +223,11 @@ def joined(world: World, device: torch.device) -> Iterator[Team]:
         team.gather(None)  # none leaves while another may still have something to say
         dist.destroy_process_group()
     except BaseException as error:
-        # The launcher's signal may be quicker than the news of why it was sent.
+        # torchrun's signal may be quicker than the news of why it was sent.
         heard = None if isinstance(error, Exception) else team.failed()
         if dist.is_initialized():
             team.say_failed(error)
-        if heard:
+        if heard and not isinstance(heard, RankLost):
             raise heard from error
         raise
     finally:

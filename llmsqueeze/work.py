@@ -297,6 +297,7 @@ class Trail:
         self.keep(at, capture())
         if stopping:
             self.settle()
+            self._team.gather(None)  # whoever started them may end all when one has ended
             raise Stopped(
                 f"stopped after block {at.done} of {self.total}; the same command goes on from there "
                 f"({self._work.folder} has its state)"

@@ -225,6 +225,24 @@ def test_stopped_after_a_block_any_number_goes_on(
     assert [p.name for p in folder.iterdir()] == ["out"]
 
 
+def test_a_second_signal_ends_all_at_once(
+    launcher: Launcher, prune: list[object], tmp_path: Path
+) -> None:
+    pid = launcher.start([*prune, "--gpus", 2, "-o", tmp_path / "out"])
+    launcher.wait_for("pruning block 1/")
+    both = launcher.rank(0), launcher.rank(1)
+    for rank in both:
+        os.kill(rank, signal.SIGSTOP)  # or the block may be done between the two
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(pid, number)
+        time.sleep(0.2)
+    for rank in both:
+        os.kill(rank, signal.SIGCONT)
+    assert launcher.end() in (143, 130, 75), launcher.said
+    assert "Traceback" not in launcher.said
+    assert not (tmp_path / "out").exists()
+
+
 FAULTS = {
     "calibration": ("raise CalibrationError('the Hessian is odd')", 3, "the Hessian is odd"),
     "memory": ("raise MemoryError", 5, "out of memory; try smaller --samples"),
@@ -319,30 +337,55 @@ def test_other_commands_and_numbers_are_refused_under_torchrun(
     assert not any(tmp_path.iterdir())
 
 
-def test_processes_are_started_by_us_and_by_torchrun(prune: list[object], tmp_path: Path) -> None:
-    own = [sys.executable, "-m", "llmsqueeze"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                "-m", "llmsqueeze"]  # fmt: skip
-    args = [str(arg) for arg in [*prune, "--method", "wanda", "--json", "-q"]]
-    commands = {
-        "one": [*own, *args],
-        "own": [*own, *args, "--gpus", "2"],
-        "torchrun": [*torchrun, *args],
+def test_processes_are_started_by_us_and_by_torchrun(
+    prune: list[object], cli: Cli, tmp_path: Path
+) -> None:
+    args = [*prune, "--method", "wanda", "--json", "-q"]
+    starts = {
+        "own": (["-m", "llmsqueeze"], ["--gpus", 2]),
+        "torchrun": (
+            [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                "--nproc-per-node",
+                2,
+                "-m",
+                "llmsqueeze",
+            ],
+            [],
+        ),
     }
     root = Path(__file__).parent.parent
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
     started = {
         name: subprocess.Popen(
-            [*command, "-o", tmp_path / name],
+            [str(a) for a in [sys.executable, *before, *args, *after, "-o", tmp_path / name]],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
         )
-        for name, command in commands.items()
+        for name, (before, after) in starts.items()
     }  # fmt: skip
+    assert cli(*args, "-o", tmp_path / "one").exit_code == 0
     for name, process in started.items():
         stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
-        assert json.loads(stdout)["ranks"] == (1 if name == "one" else 2)
+        assert json.loads(stdout)["ranks"] == 2
         assert contents(tmp_path / name) == contents(tmp_path / "one")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("method", METHODS)
+def test_gpus_give_the_same_bytes(
+    prune: list[object], tmp_path: Path, text_file: Path, method: str
+) -> None:
+    """By nccl, and as on one of them."""
+    base = [sys.executable, "-m", "llmsqueeze", *prune, *METHODS[method], "--device", "cuda"]
+    for size in (1, 2):
+        args = [*base, "--gpus", size, "-o", tmp_path / str(size)]
+        done = subprocess.run([str(a) for a in args], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "2") == contents(tmp_path / "1")
 
 
 # From here on in this process.
