@@ -89,70 +89,71 @@ class Pool:
     """
 
     def __init__(self, split: Split, new: Callable[[], InputStats], like: Tensor) -> None:
-        self._split, self._team, self._like = split, split.team, like
-        self._part, self._total = new(), new()
+        self._split, self._team, self._new, self._like = split, split.team, new, like
+        self._part = new()
         self._needs = self._part.needs
-        if any(part.held_out for part in split.parts):
-            self._total.held_out = new()
+        self._held = any(part.held_out for part in split.parts)
+        self._total = self._empty() if self._team.size == 1 else None
         self._round = 0
         self._probes: list[list[Tensor]] = []
         self._slices: dict[tuple[bool, str], Tensor] = {}
+        self._counts = {False: [0, 0], True: [0, 0]}
+
+    def _empty(self) -> InputStats:
+        total = self._new()
+        total.held_out = self._new() if self._held else None
+        return total
 
     def fresh(self) -> InputStats:
         """Empty sums for this rank's part of the round."""
         self._part.clear()
         mine = self._split.own[self._round]
         # Where some are held out, only those are probed.
-        wanted = mine is not None and (mine.held_out or self._total.held_out is None)
+        wanted = mine is not None and mine.held_out == self._held
         self._part.needs = self._needs if wanted else self._needs - {"probe"}
         return self._part
 
     def add(self) -> None:
         """Add the parts of all ranks in this round."""
-        team, part = self._team, self._part
-        self._probes.append(list(part.probes))
+        part, size = self._part, self._team.size
+        self._probes.append(part.probes)
         part.probes = []
-        first = self._round * team.size
-        targets = [
-            [self._total, self._total.held_out] if p.held_out else [self._total]
-            for p in self._split.parts[first : first + team.size]
-        ]
+        parts = self._split.parts[self._round * size :][:size]
         self._round += 1
-        if team.size == 1:
-            for target in targets[0]:
-                assert target is not None
-                target.merge(part)
+        if self._total is not None:
+            self._total.merge(part)
+            if parts[0].held_out:
+                assert self._total.held_out is not None
+                self._total.held_out.merge(part)
             return
-        counts = team.gather([part.count, part.samples])
+        # Each rank's part into the sums of all, and of those held out if it is.
+        goals = [(rank, held) for rank, p in enumerate(parts) for held in {False, p.held_out}]
+        counts = self._team.gather([part.count, part.samples])
+        for rank, held in goals:
+            before = self._counts[held]
+            self._counts[held] = [a + b for a, b in zip(before, counts[rank], strict=True)]
         for name, sums in part.sums().items():
-            pieces = team.scatter(sums)
-            for rank, into in enumerate(targets):
-                for target in into:
-                    held = target is not self._total
-                    if (held, name) not in self._slices:
-                        self._slices[held, name] = torch.zeros_like(pieces[0])
-                    self._slices[held, name] += pieces[rank]
-        for rank, into in enumerate(targets):
-            for target in into:
-                assert target is not None
-                target.count += counts[rank][0]
-                target.samples += counts[rank][1]
+            pieces = self._team.scatter(sums)
+            for rank, held in goals:
+                if (held, name) not in self._slices:
+                    self._slices[held, name] = torch.zeros_like(pieces[0])
+                self._slices[held, name] += pieces[rank]
 
     def finish(self) -> InputStats:
         """The sums of all parts, on every rank."""
-        total, team = self._total, self._team
-        into = total.held_out or total
-        if team.size > 1:
-            for (held, name), own in sorted(self._slices.items()):
-                stats = total.held_out if held else total
-                assert stats is not None
-                team.collect(own, stats.sums()[name])
-            self._slices = {}
-            if "probe" in self._needs:
-                into.probes = self._collect_probes()
-        else:
-            into.probes = [rows for found in self._probes for rows in found]
         del self._part
+        total = self._total
+        if total is not None:
+            (total.held_out or total).probes = [rows for found in self._probes for rows in found]
+            return total
+        total = self._empty()
+        for held, stats in ((False, total), (True, total.held_out)):
+            if stats is not None:
+                stats.count, stats.samples = self._counts[held]
+                for name, sums in stats.sums().items():
+                    self._team.collect(self._slices.pop((held, name)), sums)
+        if "probe" in self._needs:
+            (total.held_out or total).probes = self._collect_probes()
         return total
 
     def _collect_probes(self) -> list[Tensor]:

@@ -62,7 +62,7 @@ class Team:
         """What every rank gives, by rank. In plain types, as JSON has them."""
         if self.size == 1:
             return [value]
-        data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         with self._meeting():
             sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
             dist.all_gather(sizes, torch.tensor([data.numel()]))
@@ -70,7 +70,7 @@ class Team:
             texts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
             dist.all_gather(texts, torch.nn.functional.pad(data, (0, longest - data.numel())))
         found = zip(texts, sizes, strict=True)
-        return [json.loads(bytes(text[: int(size)].tolist())) for text, size in found]
+        return [json.loads(text[: int(size)].numpy().tobytes()) for text, size in found]
 
     def lead(self, act: Callable[[], None]) -> None:
         """Let the first rank do it; the others wait, and raise what it raises."""
