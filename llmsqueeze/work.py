@@ -276,9 +276,7 @@ class Trail:
                 f"{self._file}: not a state to go on from; pass --resume never to start anew"
             ) from error
         if "writer" in self.found:
-            # In the order in which they were added, whichever file they are in.
-            names = self.found["writer"]["pending"]
-            self.found["writer"]["pending"] = {name: pending[name] for name in names}
+            self.found["writer"]["pending"] = pending
 
     def reached(self, at: Boundary, capture: Callable[[], dict[str, Any]]) -> None:
         """Say that the walk has come to `at`; what it stands for is kept if it is time to.
@@ -311,8 +309,8 @@ class Trail:
         pending: dict[str, torch.Tensor] = {}
         if "writer" in captured:
             writer = dict(captured["writer"])
-            pending = writer["pending"]
-            captured = {**captured, "writer": {**writer, "pending": list(pending)}}
+            pending = writer.pop("pending")
+            captured = {**captured, "writer": writer}
         own = {
             "activations": [tensor.cpu() for tensor in at.activations],
             "samples": None if at.samples is None else list(at.samples),

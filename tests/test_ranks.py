@@ -373,6 +373,21 @@ def test_processes_are_started_by_us_and_by_torchrun(
         assert contents(tmp_path / name) == contents(tmp_path / "one")
 
 
+def test_a_rank_ends_like_by_a_signal_when_its_launcher_is_gone() -> None:
+    watched, kept = os.pipe()
+    code = "import time; from llmsqueeze import launch; launch._follow_launcher(); time.sleep(60)"
+    rank = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, launch.LAUNCHER: str(watched)},
+        pass_fds=[watched],
+    )
+    os.close(watched)
+    time.sleep(0.5)
+    assert rank.poll() is None
+    os.close(kept)
+    assert rank.wait(timeout=60) == -signal.SIGTERM
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
 @pytest.mark.parametrize("method", METHODS)
