@@ -117,7 +117,7 @@ def prune(
         manifest = writer.publish(
             checkpoint.config, checkpoint.path, [*checkpoint.steps, step], checkpoint.stored_bytes
         )
-        work.team.gather(None)  # none leaves before it is published
+        work.team.conclude()
     return Report(
         recipe,
         manifest,

@@ -86,6 +86,14 @@ class Team:
         if told:
             raise _heard(told)
 
+    def conclude(self) -> None:
+        """Wait for the first rank, which has done what cannot fail any more whoever is lost."""
+        try:
+            self.gather(None)
+        except LlmsqueezeError:
+            if not self.leads:
+                raise
+
     def first(self, act: Callable[[], T]) -> T:
         """Let the first rank do it, then all others: they find what it has fetched or made."""
         if self.leads:
@@ -220,7 +228,6 @@ def joined(world: World, device: torch.device) -> Iterator[Team]:
     team = _meet(world, device)
     try:
         yield team
-        team.gather(None)  # none leaves while another may still have something to say
         dist.destroy_process_group()
     except BaseException as error:
         # torchrun's signal may be quicker than the news of why it was sent.
