@@ -10,6 +10,7 @@ Writing happens in a directory beside OUT that is renamed last, so OUT is comple
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -22,15 +23,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from llmsqueeze import __version__, untrusted
 from llmsqueeze.activation import ActivationRecord, GateRecord, side_tensors
-from llmsqueeze.encodings import ENCODINGS, smallest
+from llmsqueeze.encodings import ENCODINGS, nonzeros, smallest_layout
 from llmsqueeze.errors import CheckpointError, RecipeError, ResourceError
 from llmsqueeze.kv_record import KvRecord, kv_tensors
-from llmsqueeze.numerics.packing import INT_OF_SIZE
+from llmsqueeze.ranks import ALONE, Team
 from llmsqueeze.shards import (
     KV_NAME,
     SIDE_NAME,
@@ -277,6 +277,7 @@ class ArtifactWriter:
     """Writes one checkpoint. Used as a context manager: leaving it without publish() removes all traces.
 
     directory: where to write, one that outlives this, as for a run that can be resumed; see work.Work.
+    team: ranks that make the same calls, of which each writes some of the shards, the first one all else.
     """
 
     def __init__(
@@ -286,30 +287,26 @@ class ArtifactWriter:
         format: str = "llmsqueeze",
         overwrite: bool = False,
         directory: Path | None = None,
+        team: Team = ALONE,
     ) -> None:
         check_output(out, overwrite)
-        self._out, self._overwrite = out, overwrite
-        self._format = format
-        self._given = directory
+        self._out, self._overwrite, self._team = out, overwrite, team
+        self._format, self._given = format, directory
         self._sites: dict[str, SiteRecord] = {}
         self._activation: ActivationRecord | None = None
         self._kv_cache: KvRecord | None = None
 
     def __enter__(self) -> ArtifactWriter:
-        if self._given is not None:
-            self.directory = self._given
-            self._shards = ShardWriter(self.directory)
-            return self
+        self.directory = self._given or self._temporary()
+        self._shards = ShardWriter(self.directory, self._team)
+        return self
+
+    def _temporary(self) -> Path:
         try:
             self._out.parent.mkdir(parents=True, exist_ok=True)
-            made = tempfile.mkdtemp(
-                prefix=f".{self._out.name}.", suffix=".partial", dir=self._out.parent
-            )
+            return Path(tempfile.mkdtemp(".partial", f".{self._out.name}.", self._out.parent))
         except OSError as error:
             raise ResourceError(f"cannot write to {self._out.parent} ({error.strerror})") from error
-        self.directory = Path(made)
-        self._shards = ShardWriter(self.directory)
-        return self
 
     def __exit__(
         self,
@@ -344,9 +341,11 @@ class ArtifactWriter:
         """
         stored = stored or site
         rows, columns = weight.shape
-        encoding, parts = smallest(weight) if self._format == "llmsqueeze" else ("dense", {})
-        for part, tensor in parts.items():
-            self._shards.add(f"{stored}.weight_{part}", tensor)
+        encoding, parts = smallest_layout(weight) if self._format == "llmsqueeze" else ("dense", {})
+        made = functools.cache(lambda: ENCODINGS[encoding].encode(weight))
+        for part, layout in parts.items():
+            make = functools.partial(lambda part: made()[part], part)
+            self._shards.add(f"{stored}.weight_{part}", layout, make)
         if not parts:
             self._shards.add(f"{stored}.weight", weight)
         dense_bytes = weight.numel() * weight.element_size()
@@ -355,8 +354,7 @@ class ArtifactWriter:
             shape=(rows, columns),
             dtype=str(weight.dtype).removeprefix("torch."),
             encoding=encoding,
-            # By its bits, as the bitmask counts: -0.0 is stored.
-            nonzeros=int(torch.count_nonzero(weight.view(INT_OF_SIZE[weight.element_size()]))),
+            nonzeros=nonzeros(weight),
             bytes_before=dense_bytes,
             bytes_after=packed_bytes or dense_bytes,
             report=report,
@@ -380,12 +378,13 @@ class ArtifactWriter:
 
     def write_text(self, name: str, text: str) -> None:
         """A side file, such as the model card."""
-        (self.directory / name).write_text(text, encoding="utf-8")
+        if self._team.leads:
+            (self.directory / name).write_text(text, encoding="utf-8")
 
     def publish(
         self, config: dict[str, Any], source: Path, steps: list[dict[str, Any]], bytes_before: int
     ) -> Manifest:
-        """Finish the files and rename the directory to OUT. config: the source's config.json."""
+        """Finish the files; the first rank renames the directory to OUT. config: the source's config.json."""
         manifest = Manifest(
             format=self._format,
             sites=self._sites,
@@ -396,6 +395,8 @@ class ArtifactWriter:
             activation=self._activation,
             kv_cache=self._kv_cache,
         )
+        if not self._team.leads:
+            return manifest
         for asset in assets(source):
             shutil.copyfile(asset, self.directory / asset.name)
         text = manifest.to_json()

@@ -82,10 +82,25 @@ class Boundary:
 
     done: the blocks before it. activations: what enters the next block, [samples, seqlen, hidden] each, of
     the walk and of the twin if there is one. They are overwritten as the walk goes on; none after the last.
+    samples: which ones these are, None for all, in order; others: what other ranks have.
     """
 
     done: int = 0
     activations: tuple[Tensor, ...] = ()
+    samples: tuple[int, ...] | None = None
+    others: tuple[Boundary, ...] = ()
+
+    def restore(self, hidden: list[Tensor], samples: list[int]) -> None:
+        """Put the activations of these samples, one tensor each of the walk and of a twin, in place."""
+        for piece in (self, *self.others):
+            for ours, found in zip(hidden, piece.activations, strict=False):
+                if piece.samples is None or list(piece.samples) == samples:
+                    ours.copy_(found[samples] if piece.samples is None else found)
+                    continue
+                place = {sample: i for i, sample in enumerate(piece.samples)}
+                for i, sample in enumerate(samples):
+                    if sample in place:
+                        ours[i] = found[place[sample]]
 
 
 BEGINNING = Boundary()
@@ -97,7 +112,7 @@ class LoadedBlock:
 
     prefix: of its full names, with the last dot; tensors: its parameters by full name in stored dtype;
     linears: by name within the block; run: over the calibration activations, None without tokens;
-    twin: the same block over activations of its own, if asked for.
+    twin: the same block over activations of its own, if asked for; samples: see load_blocks.
     """
 
     index: int
@@ -107,12 +122,17 @@ class LoadedBlock:
     model: nn.Module
     run: Run | None
     twin: Run | None
+    samples: list[int] | None = None
 
     @property
     def after(self) -> Boundary:
         """The boundary behind this block, once the activations are those of the next."""
         runs = [run for run in (self.run, self.twin) if run and not run.last]
-        return Boundary(self.index + 1, tuple(run.hidden for run in runs))
+        if self.samples is None:
+            return Boundary(self.index + 1, tuple(run.hidden for run in runs))
+        if not self.samples:  # a rank that has none of its own; see load_blocks
+            runs = []
+        return Boundary(self.index + 1, tuple(run.hidden for run in runs), tuple(self.samples))
 
 
 @torch.no_grad()
@@ -125,10 +145,12 @@ def load_blocks(
     *,
     twin: bool = False,
     start: Boundary = BEGINNING,
+    samples: list[int] | None = None,
 ) -> Iterator[LoadedBlock]:
     """Every block in turn, freed when the next is asked for. The caller propagates the activations.
 
-    start: the boundary to go on from.
+    start: the boundary to go on from. samples: which of all samples `tokens` are, None for all of them; empty
+    where they are some that only show how blocks are called.
     """
     if start.done == checkpoint.block_count:
         return
@@ -138,9 +160,9 @@ def load_blocks(
     if tokens is not None:
         hidden, calls = _embed(checkpoint, model, tokens, dtype, device, batches)
     dense_hidden = hidden.clone() if hidden is not None and twin else None
-    for ours, found in zip((hidden, dense_hidden), start.activations, strict=False):
-        assert ours is not None
-        ours.copy_(found)
+    if hidden is not None:
+        both = [hidden] if dense_hidden is None else [hidden, dense_hidden]
+        start.restore(both, list(range(len(hidden))) if samples is None else samples)
     blocks = list(model.get_submodule(checkpoint.blocks_path))
     reading = _read_ahead(checkpoint, device, start.done)
     for index, (block, read) in enumerate(
@@ -158,7 +180,7 @@ def load_blocks(
             run = Run(block, hidden, calls[index], last)
             if dense_hidden is not None:
                 other = Run(copy.deepcopy(block), dense_hidden, calls[index], last)
-        yield LoadedBlock(index, prefix, tensors, linears, model, run, other)
+        yield LoadedBlock(index, prefix, tensors, linears, model, run, other, samples)
         if calls is not None:
             calls[index] = {}
         block.to("meta")

@@ -19,7 +19,6 @@ from llmsqueeze.blocks import (
     Boundary,
     Run,
     batch_samples,
-    cut_batches,
     find_groups,
     load_blocks,
 )
@@ -27,6 +26,8 @@ from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CalibrationError
 from llmsqueeze.experts import Expert, expert_of
 from llmsqueeze.numerics.stats import InputStats
+from llmsqueeze.parts import Pool, Split, cut_parts
+from llmsqueeze.ranks import ALONE, Team
 from llmsqueeze.streams import Stream, pausing
 
 
@@ -45,23 +46,28 @@ class BlockStep:
     """One block for the caller to compress before the walk goes on.
 
     index; tensors: every parameter of the block by full name, in stored dtype on the compute device;
-    sites: the linears, each as soon as its statistics are complete. Take them all, in order.
-    after: the boundary behind the block, once all were taken.
+    groups: the linears that can be compressed at one time, as soon as their statistics are complete. Take
+    them all, in order. after: the boundary behind the block, once all were taken.
     """
 
     def __init__(
         self,
         index: int,
         tensors: dict[str, Tensor],
-        sites: Iterator[Site],
+        groups: Iterator[list[Site]],
         model: nn.Module | None,
         after: Boundary,
     ) -> None:
         self.index = index
         self.tensors = tensors
-        self.sites = sites
+        self.groups = groups
         self.after = after
         self._model = model
+
+    @property
+    def sites(self) -> Iterator[Site]:
+        """The linears of all groups, one by one."""
+        return itertools.chain.from_iterable(self.groups)
 
     def replace(self, site: Site, weight: Tensor) -> None:
         """Set the compressed weight: what is stored, and what everything after it is fed by."""
@@ -84,13 +90,14 @@ def walk(
     dense_share: float = 0.0,
     held_out: int = 0,
     start: Boundary = BEGINNING,
+    team: Team = ALONE,
 ) -> Iterator[BlockStep]:
     """For each block: load, gather `needs`, yield to the caller, propagate, free.
 
     tokens: [samples, seqlen] int64, or None when no statistics are needed. dtype: of the
     computation. batch: samples per pass, 0 for what suits the device. held_out: the last so many
     samples are summed apart too (InputStats.held_out). dense_share: see InputStats. start: the boundary to go
-    on from.
+    on from. team: the ranks that share the samples; all get all sums, and must set the same weights.
 
     order "group": each input group is measured after the groups before it were compressed, so one
     forward pass is enough; every sample's activations inside the block are held at once.
@@ -101,25 +108,34 @@ def walk(
 
     Raises CalibrationError naming the site when activations are not finite.
     """
-    measuring = bool(needs) and tokens is not None
-    batches: list[slice] = []
-    if measuring and tokens is not None:
-        batches = cut_batches(tokens, batch or batch_samples(tokens.shape[1], device), held_out)
+    if not needs:
+        tokens = None
+    split, batches, samples = Split([], [], []), list[slice](), None
+    if tokens is not None:
+        batch = batch or batch_samples(tokens.shape[1], device)
+        split = Split.of(cut_parts(tokens, batch, held_out), team)
+        batches = split.batches
+        if team.size > 1:
+            samples = split.samples
+            # A rank that has no part still learns from the first one how blocks are called.
+            batches = batches or list(split.parts[0].batches[:1])
+            tokens = tokens[samples] if samples else tokens[batches[0]]
     groups_of: dict[tuple[str, ...], list[list[str]]] = {}
     following = bool(dense_share)
     for loaded in load_blocks(
         checkpoint,
-        tokens if measuring else None,
+        tokens,
         dtype,
         device,
         batches,
         twin=following,
         start=start,
+        samples=samples,
     ):
         prefix, tensors, run = loaded.prefix, loaded.tensors, loaded.run
         if run is None:
             sites = (Site(prefix + n, tensors[f"{prefix}{n}.weight"], None) for n in loaded.linears)
-            yield BlockStep(loaded.index, tensors, sites, None, loaded.after)
+            yield BlockStep(loaded.index, tensors, iter([list(sites)]), None, loaded.after)
             continue
         # Blocks with the same linears group them alike: one block of each kind is probed.
         kind = tuple(loaded.linears)
@@ -128,22 +144,21 @@ def walk(
         measure = _Measure(
             run=run,
             dense=loaded.twin,
-            batches=batches,
+            split=split,
             groups=groups_of[kind],
             residuals=checkpoint.residuals,
             needs=needs,
             dense_share=dense_share,
-            first_held_out=run.hidden.shape[0] - held_out,
         )
         measured = measure.one_pass() if order == "group" else measure.two_passes()
-        measured_sites = _sites(measured, prefix, tensors, measure.experts)
-        yield BlockStep(loaded.index, tensors, measured_sites, loaded.model, loaded.after)
+        groups = _sites(measured, prefix, tensors, measure.experts)
+        yield BlockStep(loaded.index, tensors, groups, loaded.model, loaded.after)
         for _ in measured:
             raise RuntimeError(f"block {loaded.index}: the caller left sites behind")
 
 
-# Site names of one input group with their statistics.
-_Measured = tuple[list[str], InputStats]
+# Site names of input groups with their statistics, of those that are complete at one time.
+_Measured = list[tuple[list[str], InputStats]]
 
 
 def _sites(
@@ -151,15 +166,19 @@ def _sites(
     prefix: str,
     tensors: dict[str, Tensor],
     experts: Mapping[str, Expert],
-) -> Iterator[Site]:
-    for names, stats in measured:
-        if not stats.is_finite():
-            raise CalibrationError(
-                f"activations entering {prefix}{names[0]} are NaN or Inf; try --dtype float32, or "
-                "check the checkpoint with `llmsqueeze eval`"
-            )
-        for name in names:
-            yield Site(prefix + name, tensors[f"{prefix}{name}.weight"], stats, name in experts)
+) -> Iterator[list[Site]]:
+    for complete in measured:
+        sites = []
+        for names, stats in complete:
+            if not stats.is_finite():
+                raise CalibrationError(
+                    f"activations entering {prefix}{names[0]} are NaN or Inf; try --dtype float32, or "
+                    "check the checkpoint with `llmsqueeze eval`"
+                )
+            for name in names:
+                weight = tensors[f"{prefix}{name}.weight"]
+                sites.append(Site(prefix + name, weight, stats, name in experts))
+        yield sites
 
 
 @dataclass(frozen=True)
@@ -171,12 +190,11 @@ class _Measure:
 
     run: Run
     dense: Run | None
-    batches: list[slice]
+    split: Split
     groups: list[list[str]]
     residuals: Mapping[str, str]
     needs: frozenset[str]
     dense_share: float
-    first_held_out: int
 
     @cached_property
     def experts(self) -> dict[str, Expert]:
@@ -186,40 +204,48 @@ class _Measure:
     @torch.no_grad()
     def one_pass(self) -> Iterator[_Measured]:
         """Advance every batch to the next group, yield the group to be compressed, go on from there."""
-        pairs = [self._pair(rows) for rows in self.batches]
+        pairs = {rows.start: self._pair(rows) for rows in self.split.batches}
         try:
             with self._pausing():
                 for names in self.groups:
-                    stats = self._stats(names)
-                    for rows, pair in zip(self.batches, pairs, strict=True):
-                        self._record(stats, names[0], rows, pair)
-                    yield names, stats
+                    pool = self._pool(names)
+                    for part in self.split.own:
+                        sums = pool.fresh()
+                        for rows in part.batches if part else ():
+                            self._record(sums, names[0], rows, pairs[rows.start])
+                        pool.add()
+                    yield [(names, pool.finish())]
                 if not self.run.last:
-                    for pair in pairs:
+                    for pair in pairs.values():
                         for stream in pair:
                             stream.advance()
         finally:
-            for pair in pairs:
+            for pair in pairs.values():
                 for stream in pair:
                     stream.close()
 
     @torch.no_grad()
     def two_passes(self) -> Iterator[_Measured]:
         """Measure every group on the uncompressed block, yield them, then propagate."""
-        stats = {names[0]: self._stats(names) for names in self.groups}
+        pools = {names[0]: self._pool(names) for names in self.groups}
         with self._pausing():
-            for rows in self.batches:
-                pair = self._pair(rows)
-                for names in self.groups:
-                    self._record(stats[names[0]], names[0], rows, pair)
-                if self.dense and not self.run.last:
-                    pair[1].advance()  # its output stays what it is; ours has yet to be compressed
-                for stream in pair:
-                    stream.close()
-        for names in self.groups:
-            yield names, stats[names[0]]
+            for part in self.split.own:
+                sums = {leader: pool.fresh() for leader, pool in pools.items()}
+                for rows in part.batches if part else ():
+                    pair = self._pair(rows)
+                    for leader in sums:
+                        self._record(sums[leader], leader, rows, pair)
+                    if self.dense and not self.run.last:
+                        pair[
+                            1
+                        ].advance()  # its output stays what it is; ours has yet to be compressed
+                    for stream in pair:
+                        stream.close()
+                for pool in pools.values():
+                    pool.add()
+        yield [(names, pools.pop(names[0]).finish()) for names in self.groups]
         if not self.run.last:
-            for rows in self.batches:
+            for rows in self.split.batches:
                 self.run.propagate(rows)
 
     def _pair(self, rows: slice) -> list[Stream]:
@@ -263,11 +289,9 @@ class _Measure:
             lengths = sample.bincount(minlength=samples).tolist()
         if self.dense and ours.residual is not None and dense.residual is not None:
             drift = by_sample(dense.residual - ours.residual)
-        if stats.held_out is not None and rows.start >= self.first_held_out:
-            stats.held_out.update(x, dense_x, drift, lengths)
         stats.update(x, dense_x, drift, lengths)
 
-    def _stats(self, names: list[str]) -> InputStats:
+    def _pool(self, names: list[str]) -> Pool:
         device = self.run.hidden.device
         width = self.run.block.get_submodule(names[0]).weight.shape[1]
         writes = self.dense is not None and names[0] in self.residuals
@@ -282,10 +306,7 @@ class _Measure:
                 drift_width=drift_width,
             )
 
-        stats = new()
-        if self.first_held_out < self.run.hidden.shape[0]:
-            stats.held_out = new()
-        return stats
+        return Pool(self.split, new, self.run.hidden.new_empty(0, width))
 
 
 def _experts(run: Run, linears: Iterable[str]) -> dict[str, Expert]:

@@ -16,6 +16,7 @@ import click
 
 from llmsqueeze.errors import LlmsqueezeError, RecipeError
 from llmsqueeze.interrupt import deferred
+from llmsqueeze.launch import world
 from llmsqueeze.methods import Entry
 from llmsqueeze.recipe import DTYPES, config_fields
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from llmsqueeze.conditions import Condition, Outcome
     from llmsqueeze.console import Console
     from llmsqueeze.kv_record import KvRecord
+    from llmsqueeze.ranks import Team
     from llmsqueeze.work import Work
 
 EXIT_FAILED = 1
@@ -42,12 +44,18 @@ def make_console(
 ) -> Console:
     from llmsqueeze.console import Console
 
-    return Console(json=json, quiet=quiet, verbose=verbose, progress=progress)
+    mute = world().rank > 0
+    return Console(json=json, quiet=quiet, verbose=verbose, progress=progress, mute=mute)
 
 
 def common(body: Callable[..., None]) -> Callable[..., None]:
     """Options that every command takes, and the one place where failures become exit codes."""
-    return _command(body, _libraries)
+    return _command(body, libraries)
+
+
+def shared(body: Callable[..., None]) -> Callable[..., None]:
+    """The same for commands that several ranks can share. They call `libraries` when they are one."""
+    return _command(body, lambda verbose: None, ranks=True)
 
 
 def light(body: Callable[..., None]) -> Callable[..., None]:
@@ -55,7 +63,9 @@ def light(body: Callable[..., None]) -> Callable[..., None]:
     return _command(body, lambda verbose: None)
 
 
-def _command(body: Callable[..., None], prepare: Callable[[bool], None]) -> Callable[..., None]:
+def _command(
+    body: Callable[..., None], prepare: Callable[[bool], None], ranks: bool = False
+) -> Callable[..., None]:
 
     @click.option("--json", "as_json", is_flag=True, envvar="LLMSQUEEZE_JSON",
                   help="One JSON document on stdout, nothing else there.")  # fmt: skip
@@ -71,6 +81,10 @@ def _command(body: Callable[..., None], prepare: Callable[[bool], None]) -> Call
     ) -> None:
         console = make_console(json=as_json, quiet=quiet, verbose=verbose, progress=not no_progress)
         try:
+            if world().size > 1 and not ranks:
+                raise RecipeError(
+                    "only `prune` can be shared by several ranks; run this without torchrun"
+                )
             prepare(verbose)
             body(console=console, **options)
         except LlmsqueezeError as error:
@@ -273,13 +287,16 @@ def resume_option(body: Callable[..., None]) -> Callable[..., None]:
 
 
 @contextlib.contextmanager
-def working(console: Console, out: Path, device: torch.device, resume: str) -> Iterator[Work]:
-    """Where a command makes `out`, and what tells it to stop."""
+def working(
+    console: Console, out: Path, device: torch.device, resume: str, team: Team | None = None
+) -> Iterator[Work]:
+    """Where a command makes `out`, and what tells it to stop. team: the ranks that make it."""
+    from llmsqueeze.ranks import ALONE
     from llmsqueeze.work import Work
 
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(deferred(console)) if resume != "never" else lambda: False
-        yield Work(out, device, policy=resume, stop=stop, note=console.note)
+        yield Work(out, device, policy=resume, stop=stop, note=console.note, team=team or ALONE)
 
 
 def took(report: Any) -> str:
@@ -331,7 +348,7 @@ def site_documents(manifest: Any) -> list[dict[str, Any]]:
     ]
 
 
-def _libraries(verbose: bool) -> None:
+def libraries(verbose: bool) -> None:
     """Keep the libraries' own warnings and bars off the terminal unless they are asked for."""
     import warnings
 

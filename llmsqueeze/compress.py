@@ -19,7 +19,7 @@ from torch import Tensor
 from llmsqueeze import __version__, card, plan
 from llmsqueeze.artifact import ArtifactWriter, Manifest, assets, check_output
 from llmsqueeze.blocks import BEGINNING, Boundary
-from llmsqueeze.calibrate import walk
+from llmsqueeze.calibrate import BlockStep, Site, walk
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.device import (
     beside,
@@ -32,6 +32,7 @@ from llmsqueeze.errors import CalibrationError, RecipeError
 from llmsqueeze.fingerprint import Fingerprint
 from llmsqueeze.learn import learn_masks
 from llmsqueeze.methods.base import Target
+from llmsqueeze.ranks import shared_out
 from llmsqueeze.recipe import PruneRecipe
 from llmsqueeze.site import prune_site
 from llmsqueeze.train import StepDone, TrainedMasks
@@ -78,7 +79,8 @@ def prune(
     """Prune a checkpoint into a new llmsqueeze checkpoint at `out`, one block at a time.
 
     training_state: directory that trained masks are saved to and go on from; see train.train_masks.
-    work: where it is done, and whether a run that is cut off can go on; None keeps no state.
+    work: where it is done, and whether a run that is cut off can go on; None keeps no state. It has the ranks
+    that share the work: all make this call, and OUT has the same bytes for any number of them.
 
     Raises RecipeError before any work when the request does not fit the checkpoint or `out`.
     """
@@ -92,18 +94,21 @@ def prune(
     with (
         work,
         worker() as hashing,
-        ArtifactWriter(out, overwrite=overwrite, directory=work.files) as writer,
+        ArtifactWriter(out, overwrite=overwrite, directory=work.files, team=work.team) as writer,
         beside(device) as storing,
         exact_matmul(),
     ):
-        source = Fingerprint(checkpoint.identity, hashing)
+        source = Fingerprint(checkpoint.identity if work.team.leads else (), hashing)
         pruning.prepare()
         work.begin(lambda: {**pruning.identity(), "source": source.sha256})
-        total = with_smaller_batches(
-            pruning.batch,
-            lambda batch: _prune_into(writer, pruning, work, storing, batch, on_block),
-            note,
-        )
+
+        def attempt(batch: int) -> Share:
+            return _prune_into(writer, pruning, work, storing, batch, on_block)
+
+        if work.team.size == 1:
+            total = with_smaller_batches(pruning.batch, attempt, note)
+        else:  # memory may end on one rank, and the others cannot go back with it
+            total = attempt(pruning.batch)
         sparsity = total.sparsity
         recipe = pruning.recipe
         step = pruning.step(source_name, source.sha256, sparsity)
@@ -112,6 +117,7 @@ def prune(
         manifest = writer.publish(
             checkpoint.config, checkpoint.path, [*checkpoint.steps, step], checkpoint.stored_bytes
         )
+        work.team.conclude()
     return Report(
         recipe,
         manifest,
@@ -187,6 +193,10 @@ class Pruning:
         on_step: Callable[[StepDone], None] = lambda done: None,
     ) -> None:
         self.checkpoint, self.recipe, self.device, self.work = checkpoint, recipe, device, work
+        if work.team.size > 1 and recipe.tiles != "score":
+            raise RecipeError(
+                f"--tiles {recipe.tiles} trains masks of the whole model in one process; leave out --gpus"
+            )
         self._sites = plan.choose_sites(checkpoint, recipe)
         self._training_state, self._note, self._on_step = training_state, note, on_step
         self._trained: TrainedMasks | None = None
@@ -194,17 +204,20 @@ class Pruning:
     def prepare(self) -> None:
         """Read the calibration text, say what will be lost and what will be held."""
         checkpoint, device = self.checkpoint, self.device
-        self.recipe, self._tokens, self._calibration = plan.calibration(checkpoint, self.recipe)
+        self.recipe, self._tokens, self._calibration = self.work.team.first(
+            lambda: plan.calibration(checkpoint, self.recipe)
+        )
         self._dtype = calibration_dtype(self.recipe.dtype, checkpoint.dtype, device)
         self.batch = plan.samples_at_once(self.recipe.batch, self._tokens, device)
         note_losses(checkpoint, self._note)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         if self._tokens is not None:
-            needed = plan.memory_estimate(
-                checkpoint, self.recipe, self._tokens, self._dtype, device
-            )
-            self._note(f"calibrating will hold about {needed / 1e9:.2g} GB on {device}")
+            size = self.work.team.size
+            share = self._tokens[: -(-len(self._tokens) // size)]
+            needed = plan.memory_estimate(checkpoint, self.recipe, share, self._dtype, device)
+            where = device if size == 1 else f"each of {size} ranks"
+            self._note(f"calibrating will hold about {needed / 1e9:.2g} GB on {where}")
 
     def identity(self) -> dict[str, Any]:
         """What the result depends on, the source's files aside."""
@@ -223,7 +236,6 @@ class Pruning:
     def _pruned(self, batch: int, start: Boundary) -> Iterator[PrunedBlock]:
         recipe, tokens = self.recipe, self._tokens
         targets = self._targets()
-        trained = self._trained
         needs = recipe.needs | {"probe"} if recipe.needs else recipe.needs
         for block in walk(
             self.checkpoint,
@@ -236,15 +248,13 @@ class Pruning:
             dense_share=recipe.dense_share if "product" in needs else 0.0,
             held_out=plan.held_out_samples(recipe),
             start=start,
+            team=self.work.team,
         ):
             started = time.monotonic()
-            reports = {}
-            for site in block.sites:
-                if site.name in targets:
-                    keep = trained.keep[site.name] if trained else None
-                    pruned = prune_site(site, targets[site.name], recipe, keep)
-                    block.replace(site, pruned.weight)
-                    reports[site.name] = pruned.report
+            reports: dict[str, dict[str, float]] = {}
+            for group in block.groups:
+                sites = [site for site in group if site.name in targets]
+                reports |= self._prune_group(block, sites, targets)
             tensors = {name: tensor.cpu() for name, tensor in block.tensors.items()}
             for name in reports:
                 if not torch.isfinite(tensors[f"{name}.weight"]).all():
@@ -253,6 +263,29 @@ class Pruning:
                     )
             seconds = time.monotonic() - started
             yield PrunedBlock(block.index, tensors, reports, seconds, block.after)
+
+    def _prune_group(
+        self, block: BlockStep, sites: list[Site], targets: dict[str, Target]
+    ) -> dict[str, dict[str, float]]:
+        """Every rank prunes some of the sites, and all set all of them. What is said of each."""
+        team, trained = self.work.team, self._trained
+        owners = shared_out([site.weight.numel() for site in sites], team.size)
+        done: dict[str, Tensor] = {}
+        own: dict[str, dict[str, float]] = {}
+        for site, owner in zip(sites, owners, strict=True):
+            if owner == team.rank:
+                keep = trained.keep[site.name] if trained else None
+                pruned = prune_site(site, targets[site.name], self.recipe, keep)
+                done[site.name], own[site.name] = pruned.weight.contiguous(), pruned.report
+                del pruned
+        found = {name: report for each in team.gather(own) for name, report in each.items()}
+        for site, owner in zip(sites, owners, strict=True):
+            weight = done.pop(site.name, None)
+            if weight is None:
+                weight = torch.empty_like(site.weight, memory_format=torch.contiguous_format)
+            team.send(weight, owner)
+            block.replace(site, weight)
+        return {site.name: found[site.name] for site in sites}
 
     def step(self, source_name: str, sha256: dict[str, str], sparsity: float) -> dict[str, Any]:
         """What a manifest says of it. sha256: of the source's files."""
@@ -279,7 +312,7 @@ class Pruning:
         if recipe.tiles == "score":
             return plan.allocate(
                 self.checkpoint, self._sites, tokens, recipe, self._dtype, self.device, self._batch,
-                work.trail("allocation", self.checkpoint.block_count),
+                work.trail("allocation", self.checkpoint.block_count), work.team,
             )  # fmt: skip
         assert tokens is not None
         trail = work.trail("masks")

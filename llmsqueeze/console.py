@@ -29,13 +29,19 @@ LONGEST = 2000
 
 
 class Console:
-    """json: the result is one JSON document. quiet: no notes or progress. progress: bars allowed."""
+    """json: the result is one JSON document. quiet: no notes or progress. progress: bars allowed.
 
-    def __init__(self, *, json: bool, quiet: bool, verbose: bool, progress: bool) -> None:
+    mute: nothing at all, for the ranks of a run that are not the first.
+    """
+
+    def __init__(
+        self, *, json: bool, quiet: bool, verbose: bool, progress: bool, mute: bool = False
+    ) -> None:
         self.json = json
-        self.quiet = quiet
-        self.verbose = verbose
+        self.quiet = quiet or mute
+        self.verbose = verbose and not mute
         self._progress = progress
+        self._mute = mute
         self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
 
     def note(self, message: str) -> None:
@@ -50,6 +56,8 @@ class Console:
 
     def error(self, message: str, exit_code: int) -> None:
         """One line about what went wrong; with --json also the document that stdout owes."""
+        if self._mute:
+            return
         line = shown(" ".join(message.split()))
         self._err.print(Text.assemble(("error:", "bold red"), " ", line))
         self._annotate(line)
@@ -58,6 +66,8 @@ class Console:
 
     def failed(self, message: str) -> None:
         """One line about a condition that a result does not meet; the result itself is out already."""
+        if self._mute:
+            return
         self._err.print(Text.assemble(("failed:", "bold red"), " ", shown(message)))
         self._annotate(message)
 
@@ -69,6 +79,8 @@ class Console:
 
     def result(self, document: dict[str, Any], *tables: Table) -> None:
         """The outcome: one JSON document, or tables for people."""
+        if self._mute:
+            return
         if self.json:
             print(json.dumps(document, ensure_ascii=False, allow_nan=False))
             return
@@ -78,7 +90,7 @@ class Console:
 
     def stream(self, text: str) -> None:
         """A piece of the outcome as it comes, with nothing added; not with --json."""
-        if not self.json:
+        if not self.json and not self._mute:
             print(text, end="", flush=True)
 
     @contextlib.contextmanager

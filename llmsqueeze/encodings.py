@@ -12,21 +12,23 @@ import torch
 from torch import Tensor
 
 from llmsqueeze.numerics import int8
-from llmsqueeze.numerics.packing import check_bitmask, pack_bitmask, unpack_bitmask
+from llmsqueeze.numerics.packing import INT_OF_SIZE, check_bitmask, pack_bitmask, unpack_bitmask
 
 Parts = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """parts: their names. fits: whether a weight can be stored so. encode: its parts. decode: the weight
-    from parts and its columns. check: ValueError if these do not belong together, which decode raises too.
-    typed: the part that has the weight's dtype; long: one that has as many rows."""
+    """parts: their names. fits: whether a weight can be stored so. encode: its parts. layout: tensors
+    without data, shaped as these. decode: the weight from parts and its columns. check: ValueError if these
+    do not belong together, which decode raises too. typed: the part that has the weight's dtype; long: one
+    that has as many rows."""
 
     parts: tuple[str, ...]
     typed: str
     fits: Callable[[Tensor], bool]
     encode: Callable[[Tensor], Parts]
+    layout: Callable[[Tensor], Parts]
     decode: Callable[[Parts, int], Tensor]
     check: Callable[[Parts, int], None]
     long: str
@@ -36,6 +38,15 @@ def _encode_bitmask(weight: Tensor) -> Parts:
     return dict(zip(("values", "mask", "row_offsets"), pack_bitmask(weight), strict=True))
 
 
+def _layout_bitmask(weight: Tensor) -> Parts:
+    rows, columns = weight.shape
+    return {
+        "values": torch.empty(nonzeros(weight), dtype=weight.dtype, device="meta"),
+        "mask": torch.empty(rows, -(-columns // 8), dtype=torch.uint8, device="meta"),
+        "row_offsets": torch.empty(rows + 1, dtype=torch.int32, device="meta"),
+    }
+
+
 def _decode_bitmask(parts: Parts, columns: int) -> Tensor:
     return unpack_bitmask(parts["values"], parts["mask"], parts["row_offsets"], columns)
 
@@ -43,6 +54,13 @@ def _decode_bitmask(parts: Parts, columns: int) -> Tensor:
 def _encode_int8(weight: Tensor) -> Parts:
     codes, largest = int8.encode(weight.detach().cpu())
     return {"codes": codes, "largest": largest}
+
+
+def _layout_int8(weight: Tensor) -> Parts:
+    return {
+        "codes": torch.empty(weight.shape, dtype=torch.int8, device="meta"),
+        "largest": torch.empty(weight.shape[0], dtype=weight.dtype, device="meta"),
+    }
 
 
 def _check_bitmask(parts: Parts, columns: int) -> None:
@@ -73,6 +91,7 @@ _BITMASK = Encoding(
     "values",
     lambda weight: True,
     _encode_bitmask,
+    _layout_bitmask,
     _decode_bitmask,
     _check_bitmask,
     "mask",
@@ -80,7 +99,14 @@ _BITMASK = Encoding(
 # codes        [rows, columns]           int8, see numerics.int8
 # largest      [rows]                    the weight's dtype, every row's largest magnitude
 _INT8 = Encoding(
-    ("codes", "largest"), "largest", int8.fits, _encode_int8, _decode_int8, _check_int8, "codes"
+    ("codes", "largest"),
+    "largest",
+    int8.fits,
+    _encode_int8,
+    _layout_int8,
+    _decode_int8,
+    _check_int8,
+    "codes",
 )
 
 ENCODINGS = {"bitmask": _BITMASK, "int8": _INT8}
@@ -88,14 +114,25 @@ ENCODINGS = {"bitmask": _BITMASK, "int8": _INT8}
 
 def smallest(weight: Tensor) -> tuple[str, Parts]:
     """The encoding of a [rows, columns] weight that takes fewest bytes, and its parts; "dense": none."""
+    name, _ = smallest_layout(weight)
+    return name, ENCODINGS[name].encode(weight) if name in ENCODINGS else {}
+
+
+def smallest_layout(weight: Tensor) -> tuple[str, Parts]:
+    """The same, the parts without data: what they take is known before they are made."""
     best, parts, least = "dense", {}, _bytes(weight)
     for name, encoding in ENCODINGS.items():
         if encoding.fits(weight):
-            found = encoding.encode(weight)
+            found = encoding.layout(weight)
             size = sum(map(_bytes, found.values()))
             if size < least:
                 best, parts, least = name, found, size
     return best, parts
+
+
+def nonzeros(weight: Tensor) -> int:
+    """By their bits, as the bitmask counts: -0.0 is stored."""
+    return int(torch.count_nonzero(weight.view(INT_OF_SIZE[weight.element_size()])))
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -10,7 +10,8 @@ LlmsqueezeError
 ├── CalibrationError   3   the model produced values that no statistic can use
 ├── EnvironmentFault   4   a package, device or service that the request needs is not there
 ├── ResourceError      5   out of memory or disk
-└── Stopped           75   stopped on request where the same command can go on
+├── Stopped           75   stopped on request where the same command can go on
+└── RankLost          75   another process of the same run is gone
 
 A message is one line that says what is wrong and what to do about it.
 """
@@ -74,4 +75,8 @@ class ResourceError(LlmsqueezeError):
 
 
 class Stopped(LlmsqueezeError):
+    exit_code = 75
+
+
+class RankLost(LlmsqueezeError):
     exit_code = 75

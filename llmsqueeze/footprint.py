@@ -75,7 +75,7 @@ def prune_bytes(checkpoint: Checkpoint, recipe: PruneRecipe, walk: Walk, held_ou
     groups = _groups(checkpoint)
     of_each = min(PROBE_TOKENS, walk.seqlen)
     probe = (held_out or walk.samples) * of_each
-    probes = (walk.samples + held_out) * of_each * walk.item
+    probes = probe * walk.item
     kept = walk.tokens if recipe.order == "group" else walk.batch_tokens
     peaks = []
     every = sum(_statistics(g, needs, recipe, held_out, probes) for g in groups)
@@ -170,7 +170,8 @@ def _plain_walk(checkpoint: Checkpoint, walk: Walk) -> int:
 def _statistics(
     group: _Group, needs: frozenset[str], recipe: PruneRecipe, held_out: int, probes: int
 ) -> int:
-    """Of one input group: sums for all tokens, those held out, and the rest; some tokens as they came."""
+    """Of one input group: sums for all tokens, those held out, and the rest, before which the sums of the
+    part that is measured are in its place; some tokens as they came."""
     squares = group.width * ("gram" in needs)
     if "product" in needs and recipe.dense_share:
         squares += group.width + group.drift

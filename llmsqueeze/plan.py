@@ -17,6 +17,7 @@ from llmsqueeze.data import Windows, calibration_windows, load_tokenizer
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.methods import allocation_method
 from llmsqueeze.methods.base import Target
+from llmsqueeze.ranks import ALONE, Team
 from llmsqueeze.recipe import Calibration, PruneRecipe, allocation_needs, is_ignored
 from llmsqueeze.work import Trail
 
@@ -116,10 +117,11 @@ def allocate(
     device: torch.device,
     batch: int,
     trail: Trail,
+    team: Team = ALONE,
 ) -> dict[str, Target]:
     """A target for every site. An allocation other than uniform looks at the dense model first.
 
-    batch: samples per forward pass. trail: what that look is kept in, and goes on from.
+    batch: samples per forward pass. trail: what that look is kept in, and goes on from. team: see walk.
     """
     allocation = allocation_method(recipe.allocation)
     if allocation is None or recipe.target.sparsity == 0:
@@ -131,7 +133,9 @@ def allocate(
         return {"measured": list(measured), "shapes": list(shapes)}
 
     needs = allocation.needs(recipe.allocation_config)
-    for block in walk(checkpoint, tokens, needs, dtype, device, batch, "block", start=trail.start):
+    for block in walk(
+        checkpoint, tokens, needs, dtype, device, batch, "block", start=trail.start, team=team
+    ):
         seen = {s.name: (s.weight, s.stats) for s in block.sites if s.name in sites}
         if seen:
             measured.append(allocation.measure(seen, recipe.target, recipe.allocation_config))

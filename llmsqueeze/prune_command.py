@@ -16,15 +16,17 @@ from llmsqueeze.command import (
     calibration_options,
     check_free,
     checkpoint_options,
-    common,
     config_options,
     device_option,
+    libraries,
     open_checkpoint,
     resume_option,
+    shared,
     site_documents,
     took,
     working,
 )
+from llmsqueeze.launch import share
 from llmsqueeze.methods import ALLOCATIONS, REFITS, TILE_MODES, WEIGHT_METHODS, Entry
 from llmsqueeze.methods.base import DEFAULT_BUDGET
 from llmsqueeze.recipe import (
@@ -147,8 +149,11 @@ or every --save-every steps.
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
 @resume_option
 @device_option
+@click.option("--gpus", type=click.IntRange(min=1), metavar="N", envvar="LLMSQUEEZE_GPUS",
+              help="Share the work among N processes, each with a GPU of its own, or on the CPU with "
+              "--device cpu. The result has the same bytes. torchrun starts them as well.")  # fmt: skip
 @checkpoint_options
-@common
+@shared
 def prune(
     console: Console,
     checkpoint: str,
@@ -158,34 +163,40 @@ def prune(
     overwrite: bool,
     resume: str,
     device: str,
+    gpus: int | None,
     offline: bool,
     cache_dir: Path,
     **options: Any,
 ) -> None:
     recipe = build_recipe(read_recipe(recipe_file) if recipe_file else {}, options)
+    world = share(console, gpus)
+    libraries(console.verbose)
 
     from llmsqueeze import compress
     from llmsqueeze.allocator import return_freed
     from llmsqueeze.console import facts, size
-    from llmsqueeze.device import choose_device
     from llmsqueeze.expert_note import few_tokens
+    from llmsqueeze.ranks import joined, own_device
 
-    check_free(out, overwrite)
     return_freed()
-    where = choose_device(device)
-    opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
+    where = own_device(device, world, gpus)
     state = training_state
     if state is None and recipe.tiles != "score":
         state = out.with_name(out.name + ".training")
-    with console.steps() as progress, working(console, out, where, resume) as work:
-        report = compress.prune(
-            opened, name, out, recipe, where, overwrite=overwrite, training_state=state,
-            work=work, note=console.note,
-            on_block=lambda b: progress("pruning block", b.index + 1, b.total, f"{b.seconds:.1f} s"),
-            on_step=lambda s: progress(
-                "training step", s.index + 1, s.total, f"loss {s.loss:.4f}, density {s.density:.3f}"
-            ),
-        )  # fmt: skip
+    with joined(world, where) as team:
+        team.lead(lambda: check_free(out, overwrite))
+        opened, name = team.first(lambda: open_checkpoint(console, checkpoint, offline, cache_dir))
+        with console.steps() as progress, working(console, out, where, resume, team) as work:
+            report = compress.prune(
+                opened, name, out, recipe, where, overwrite=overwrite, training_state=state,
+                work=work, note=console.note,
+                on_block=lambda b: progress(
+                    "pruning block", b.index + 1, b.total, f"{b.seconds:.1f} s"
+                ),
+                on_step=lambda s: progress(
+                    "training step", s.index + 1, s.total, f"loss {s.loss:.4f}, density {s.density:.3f}"
+                ),
+            )  # fmt: skip
     if state is not None and training_state is None:
         shutil.rmtree(state, ignore_errors=True)
     manifest = report.manifest
@@ -199,6 +210,7 @@ def prune(
         "sparsity": report.sparsity,
         "bytes": {"before": manifest.bytes_before, "after": manifest.bytes_after},
         "resumed_blocks": report.resumed,
+        "ranks": world.size,
         "seconds": report.seconds,
         "peak_rss_bytes": report.peak_rss_bytes,
         "peak_device_bytes": report.peak_device_bytes,

@@ -12,7 +12,7 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from llmsqueeze import untrusted
 from llmsqueeze.errors import CheckpointError, ResourceError
+from llmsqueeze.ranks import ALONE, Team
 
 # Tensors beside the weights, which are no shard of the model: of activation gates, of the KV cache.
 SIDE_NAME = "llmsqueeze.safetensors"
@@ -205,10 +206,12 @@ class ShardWriter:
 
     Tensors are buffered until SHARD_BYTES and written in the order they were added; finish() gives
     the shards their final names and writes the index.
+
+    team: ranks that add the same tensors. They write the shards in turns, and hold of the others' no data.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
+    def __init__(self, directory: Path, team: Team = ALONE) -> None:
+        self._directory, self._team = directory, team
         self._pending: dict[str, Tensor] = {}
         self._pending_bytes = 0
         self._parts: list[list[str]] = []
@@ -216,16 +219,21 @@ class ShardWriter:
         self._synced = 0  # parts that the disk is known to have
         self.total_bytes = 0
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Queue one tensor; a copy on the CPU is what will be written."""
+    def add(self, name: str, tensor: Tensor, make: Callable[[], Tensor] | None = None) -> None:
+        """Queue one tensor; a copy on the CPU is what will be written.
+
+        make: gives the tensor where it is to be written, if `tensor` only shows its shape and dtype.
+        """
         if name in self._names:
             raise ValueError(f"{name} was added twice")
         self._names.add(name)
-        tensor = tensor.detach().cpu().contiguous()
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > SHARD_BYTES:
             self._flush()
-        self._pending[name] = tensor
+        if self._owns(len(self._parts) + 1):
+            self._pending[name] = (make() if make else tensor).detach().cpu().contiguous()
+        else:
+            self._pending[name] = torch.empty_like(tensor, device="meta")
         self._pending_bytes += size
         self.total_bytes += size
 
@@ -233,26 +241,32 @@ class ShardWriter:
         """Write what is left and the index; returns what the manifest needs of each shard."""
         self._flush()
         count = len(self._parts)
-        records: dict[str, ShardRecord] = {}
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._parts, start=1):
-            final = f"model-{number:05d}-of-{count:05d}.safetensors"
-            if count == 1:
-                final = STANDARD_NAME
-            path = self._part(number).rename(self._directory / final)
-            weight_map.update(dict.fromkeys(names, final))
-            records[final] = ShardRecord(path.stat().st_size, hash_file(path), hash_header(path))
-        if count > 1:
+        finals = [
+            f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)
+        ]
+        if count == 1:
+            finals = [STANDARD_NAME]
+        own: dict[str, Any] = {}
+        for number, final in enumerate(finals, start=1):
+            if self._owns(number):
+                path = self._part(number).rename(self._directory / final)
+                own[final] = [path.stat().st_size, hash_file(path), hash_header(path)]
+        found = {name: raw for each in self._team.gather(own) for name, raw in each.items()}
+        if count > 1 and self._team.leads:
+            named = zip(finals, self._parts, strict=True)
+            weight_map = {name: final for final, names in named for name in names}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (self._directory / "model.safetensors.index.json").write_text(text)
-        return records
+        return {final: ShardRecord(*found[final]) for final in finals}
 
     def snapshot(self) -> dict[str, Any]:
-        """What restore() goes on from. "pending": tensors that no file has yet; others are on the disk."""
+        """What restore() goes on from. "pending": tensors that no file has yet; others are on the disk. On
+        all but one rank they have no data."""
         for number in range(self._synced + 1, len(self._parts) + 1):
-            with self._part(number).open("rb") as stream:
-                os.fsync(stream.fileno())
+            if self._owns(number):
+                with self._part(number).open("rb") as stream:
+                    os.fsync(stream.fileno())
         self._synced = len(self._parts)
         return {
             "parts": [list(names) for names in self._parts],
@@ -268,9 +282,16 @@ class ShardWriter:
         self._parts = [list(names) for names in found["parts"]] if found else []
         self._pending = dict(found["pending"]) if found else {}
         self._pending_bytes = sum(t.numel() * t.element_size() for t in self._pending.values())
+        if not self._owns(len(self._parts) + 1):
+            for name, tensor in self._pending.items():
+                self._pending[name] = torch.empty_like(tensor, device="meta")
         self._names = {name for names in self._parts for name in names} | set(self._pending)
         self.total_bytes = found["total_bytes"] if found else 0
         self._synced = len(self._parts)
+        self._team.lead(self._tidy)
+
+    def _tidy(self) -> None:
+        """Leave the parts that are known in the directory, and nothing else."""
         for number in range(1, len(self._parts) + 1):
             part = self._part(number)
             # A run that was killed while it published may have given the parts their final names.
@@ -285,6 +306,10 @@ class ShardWriter:
             if path.name not in kept:
                 path.unlink()
 
+    def _owns(self, number: int) -> bool:
+        """Whether this rank writes the part; the first one the first, which every model has."""
+        return (number - 1) % self._team.size == self._team.rank
+
     def _part(self, number: int) -> Path:
         return self._directory / f"part-{number:05d}.safetensors"
 
@@ -292,9 +317,10 @@ class ShardWriter:
         if not self._pending:
             return
         self._parts.append(list(self._pending))
-        path = self._part(len(self._parts))
+        number = len(self._parts)
         try:
-            save_file(self._pending, path, metadata={"format": "pt"})
+            if self._owns(number):
+                save_file(self._pending, self._part(number), metadata={"format": "pt"})
         except SafetensorError as error:  # wraps the system's error, number in the text
             if not any(f"(os error {number})" in str(error) for number in NO_ROOM):
                 raise

@@ -4,6 +4,7 @@
             /run.json    which run the state belongs to; without it there is no state
             /NAME.pt     how far the walk NAME has come: replaced whole after a block
             /NAME-N.pt   tensors that were compressed by then, and that no shard has yet
+            /NAME-N-R.pt what rank R has of that state, its activations among it; none of a single one
             /files/      the checkpoint that is being written; renamed to OUT last
 
 A state holds what enters the next block, so nothing before it is computed again, and a run that goes on gives
@@ -13,6 +14,7 @@ the bits of one that was never cut off.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
@@ -38,9 +40,10 @@ from llmsqueeze.errors import (
     SourceDamaged,
     Stopped,
 )
+from llmsqueeze.ranks import ALONE, Team
 from llmsqueeze.state_file import read_state, sync_directory, write_state
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 RUN_NAME, LOCK_NAME, FILES_NAME = "run.json", "lock", "files"
 
 # A state may take a tenth of the time that the blocks since the one before it took. Where blocks are slower
@@ -63,6 +66,8 @@ class Work:
     drops the one that is there, "off" keeps none and will not touch the one that is there.
     stop: asked after every block; where it says so, the state is written and Stopped raised.
     folder, files: other places than beside `out`. on_state: called once there is a state.
+    team: ranks that make the same calls. The first has the lock; any number of them goes on from what others
+    left.
     """
 
     def __init__(
@@ -76,8 +81,9 @@ class Work:
         folder: Path | None = None,
         files: Path | None = None,
         on_state: Callable[[], None] = lambda: None,
+        team: Team = ALONE,
     ) -> None:
-        self.out, self.policy, self.note = out, policy, note
+        self.out, self.policy, self.note, self.team = out, policy, note, team
         self.folder = folder or work_folder(out)
         self.files = files or self.folder / FILES_NAME
         self.resumed = 0  # blocks that need not be done again
@@ -89,10 +95,15 @@ class Work:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Work:
+        self.team.lead(self._take)
+        # What several ranks write belongs together: none goes on meanwhile.
+        device = self._device if self.team.size == 1 else torch.device("cpu")
+        self.executor: Executor = self._stack.enter_context(beside(device))
+        return self
+
+    def _take(self) -> None:
         self._lock = lock(self.folder)
         _finish_publishing(self.folder, self.files, self.out)
-        self.executor: Executor = self._stack.enter_context(beside(self._device))
-        return self
 
     def __exit__(
         self,
@@ -102,17 +113,23 @@ class Work:
     ) -> None:
         try:
             self._stack.close()  # nothing is being written any more
+            if error is not None and self.team.leads:
+                self.team.leave_files(error)
         finally:
-            hopeless = isinstance(error, HOPELESS) and not isinstance(error, ResumeError)
-            lost = self._accepted and hopeless
-            if error is not None and not lost and self._has_state():
-                if self._accepted and not isinstance(error, Stopped):
-                    self.note(
-                        f"{self.folder} has the state of this run; the same command goes on from it"
-                    )
-                self._lock.close()
-            else:
-                _remove(self.folder, self._lock)
+            if self.team.leads:
+                self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        hopeless = isinstance(error, HOPELESS) and not isinstance(error, ResumeError)
+        lost = self._accepted and hopeless
+        if error is not None and not lost and self._has_state():
+            if self._accepted and not isinstance(error, Stopped):
+                self.note(
+                    f"{self.folder} has the state of this run; the same command goes on from it"
+                )
+            self._lock.close()
+        else:
+            _remove(self.folder, self._lock)
 
     def begin(self, identity: Callable[[], dict[str, Any]]) -> None:
         """Accept the state that is there, or start without one.
@@ -120,13 +137,19 @@ class Work:
         identity: all that the result depends on, in plain types; asked for when there is a state to compare
         with, or to write. RecipeError, naming what differs, when the state is another run's.
         """
+        self._identity = identity
+        self.team.lead(self._begin)
+        self._accepted = True
+
+    def _begin(self) -> None:
+        assert self._identity is not None
         if self._has_state() and self.policy == "off":
             raise ResumeError(
                 f"{self.folder} has the state of a run that was cut off; let that one go on, or delete it"
             )
         if self._has_state() and self.policy != "never":
             then = _read_run(self.folder / RUN_NAME)
-            differs = difference(then, _plain(identity()))
+            differs = difference(then, _plain(self._identity()))
             if differs:
                 raise ResumeError(
                     f"{self.folder} has the state of a run with another {differs}; repeat that run's "
@@ -137,8 +160,6 @@ class Work:
                 raise ResumeError(f"--resume required: {self.folder} has no state to go on from")
             _empty(self.folder)
         self.files.mkdir(exist_ok=True)
-        self._identity = identity
-        self._accepted = True
 
     def fresh(self) -> Path:
         """An empty directory to make a checkpoint in, by a run that keeps no state."""
@@ -176,7 +197,7 @@ class Work:
 
     def commit(self) -> None:
         """From here on there is a state, and it belongs to this run."""
-        if self._has_state() or not self.keeping:
+        if self._has_state() or not self.keeping or not self.team.leads:
             return
         assert self._identity is not None
         path = self.folder / RUN_NAME
@@ -211,7 +232,7 @@ class Work:
 
     @property
     def stopping(self) -> bool:
-        """Whether to end where the same command can go on."""
+        """Whether to end where the same command can go on; for all ranks only what trails say."""
         return self.keeping and self._stop()
 
     def _has_state(self) -> bool:
@@ -228,6 +249,7 @@ class Trail:
         self._work, self._name, self.total = work, name, total
         self._file = work.folder / f"{name}.pt"
         self._spool: dict[str, set[str]] = {}
+        self._team = work.team
         self._writing: Future[None] | None = None
         self._next = 0.0
         self.start = Boundary()
@@ -238,7 +260,11 @@ class Trail:
     def _restore(self) -> None:
         raw = read_state(self._file)
         try:
-            self.start = Boundary(raw["done"], tuple(raw["activations"]))
+            others = [read_state(self._work.folder / name) for name in raw["ranks"]]
+            self.start = dataclasses.replace(
+                _boundary(raw["done"], raw),
+                others=tuple(_boundary(raw["done"], other) for other in others),
+            )
             self.found = raw["captured"]
             pending: dict[str, torch.Tensor] = {}
             for name in raw["spool"]:
@@ -260,13 +286,16 @@ class Trail:
         """
         if not self._work.keeping:
             return
-        stopping = self._work.stopping and at.done < self.total
         busy = self._writing is not None and not self._writing.done()
-        if not stopping and (busy or time.monotonic() < self._next):
+        due = not busy and time.monotonic() >= self._next
+        votes = self._team.gather([self._work.stopping and at.done < self.total, due])
+        stopping, due = any(vote[0] for vote in votes), votes[0][1]
+        if not stopping and not due:
             return
         self.keep(at, capture())
         if stopping:
             self.settle()
+            self._team.gather(None)  # whoever started them may end all when one has ended
             raise Stopped(
                 f"stopped after block {at.done} of {self.total}; the same command goes on from there "
                 f"({self._work.folder} has its state)"
@@ -282,12 +311,11 @@ class Trail:
             writer = dict(captured["writer"])
             pending = writer.pop("pending")
             captured = {**captured, "writer": writer}
-        state = {
-            "done": at.done,
+        own = {
             "activations": [tensor.cpu() for tensor in at.activations],
-            "captured": captured,
+            "samples": None if at.samples is None else list(at.samples),
         }
-        self._writing = self._work.executor.submit(self._write, state, pending)
+        self._writing = self._work.executor.submit(self._write, at.done, own, captured, pending)
         if self._writing.done():
             self.settle()
 
@@ -296,24 +324,44 @@ class Trail:
         if self._writing is not None:
             self._writing.result()
 
-    def _write(self, state: dict[str, Any], pending: dict[str, torch.Tensor]) -> None:
+    def _write(
+        self,
+        done: int,
+        own: dict[str, Any],
+        captured: dict[str, Any],
+        pending: dict[str, torch.Tensor],
+    ) -> None:
+        """Every rank what it has; when all of it is on the disk, the first one what all of it belongs to."""
         began = time.monotonic()
         # Tensors leave the pending ones all at once, when a shard is written.
         self._spool = {f: names for f, names in self._spool.items() if names & pending.keys()}
         held = set().union(*self._spool.values())
         fresh = {name: tensor for name, tensor in pending.items() if name not in held}
+        folder, name = self._work.folder, f"{self._name}-{done}"
         if fresh:
-            name = f"{self._name}-{state['done']}.pt"
-            write_state(self._work.folder / name, fresh)
-            self._spool[name] = set(fresh)
-        write_state(self._file, {**state, "spool": list(self._spool)})
-        self._work.commit()
-        for path in self._work.folder.glob(f"{self._name}-*.pt"):
-            if path.name not in self._spool:
-                path.unlink()
-        self._work.announce(self._name)
+            # One rank has them all: that which is to write the shard.
+            if not any(tensor.is_meta for tensor in fresh.values()):
+                write_state(folder / f"{name}.pt", fresh)
+            self._spool[f"{name}.pt"] = set(fresh)
+        ranks = [f"{name}-{rank}.pt" for rank in range(1, self._team.size)]
+        if not self._team.leads:
+            write_state(folder / f"{name}-{self._team.rank}.pt", own)
+        self._team.gather(None)
+        if self._team.leads:
+            state = {"done": done, **own, "ranks": ranks, "captured": captured}
+            write_state(self._file, {**state, "spool": list(self._spool)})
+            self._work.commit()
+            for path in folder.glob(f"{self._name}-*.pt"):
+                if path.name not in (*self._spool, *ranks):
+                    path.unlink()
+            self._work.announce(self._name)
         ended = time.monotonic()
         self._next = ended + RATIO * (ended - began)
+
+
+def _boundary(done: int, raw: dict[str, Any]) -> Boundary:
+    samples = raw["samples"]
+    return Boundary(done, tuple(raw["activations"]), None if samples is None else tuple(samples))
 
 
 def sweep(out: Path) -> None:

@@ -33,14 +33,17 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "recipe_file": ("untrusted", "errors"),
     "presets": (),
     "policy": ("errors",),
-    "shards": ("untrusted", "errors"),
+    "shards": ("ranks", "untrusted", "errors"),
+    "ranks": ("device", "world", "errors"),
+    "world": (),
+    "parts": ("blocks", "numerics", "ranks", "world"),
     "artifact": (
+        "ranks",
         "activation",
         "kv_record",
         "shards",
         "side_files",
         "encodings",
-        "numerics.packing",
         "untrusted",
         "errors",
         "__version__",
@@ -74,7 +77,16 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "source": ("gguf_header", "shards", "untrusted", "errors"),
     "streams": (),
     "blocks": ("checkpoint", "device", "experts", "streams", "errors"),
-    "calibrate": ("blocks", "checkpoint", "experts", "numerics", "streams", "errors"),
+    "calibrate": (
+        "blocks",
+        "checkpoint",
+        "experts",
+        "numerics",
+        "parts",
+        "ranks",
+        "streams",
+        "errors",
+    ),
     "integration": (
         "activation",
         "policy",
@@ -162,7 +174,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "state_file": ("shards", "errors"),
     "fingerprint": ("shards", "errors"),
     "training_state": ("methods", "state_file", "errors"),
-    "work": ("blocks", "device", "state_file", "errors"),
+    "work": ("blocks", "device", "ranks", "state_file", "errors"),
     "footprint": (
         "blocks",
         "checkpoint",
@@ -181,6 +193,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "data",
         "footprint",
         "methods",
+        "ranks",
         "recipe",
         "work",
         "errors",
@@ -204,7 +217,7 @@ COMMANDS = (
     "run_command",
     "sparsify_command",
 )
-SKIN = ("cli", "command", "console", "interrupt", "__main__", *COMMANDS)
+SKIN = ("cli", "command", "console", "interrupt", "launch", "__main__", *COMMANDS)
 
 
 def name_of(path: Path) -> str:

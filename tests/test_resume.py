@@ -44,6 +44,7 @@ from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.data import load_tokenizer
 shards.SHARD_BYTES = 60_000
 load_tokenizer(Checkpoint(Path(sys.argv[1])).path)
+exec(sys.argv[2])
 print("ready", flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
@@ -56,6 +57,7 @@ for line in sys.stdin:
         if asked["room"]:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (asked["room"], asked["room"]))
+        exec(asked["before"])
         sys.argv = ["llmsqueeze", *asked["args"]]
         try:
             cli.main()
@@ -68,12 +70,15 @@ for line in sys.stdin:
 
 
 class Spawner:
-    """Runs of the command line, one at a time, in processes that can be killed."""
+    """Runs of the command line, one at a time, in processes that can be killed.
 
-    def __init__(self, folder: Path, checkpoint: Path) -> None:
+    prelude: done once, before all of them.
+    """
+
+    def __init__(self, folder: Path, checkpoint: Path, prelude: str = "") -> None:
         self._stderr = folder / "stderr"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", SPAWNER, str(checkpoint)],
+            [sys.executable, "-c", SPAWNER, str(checkpoint), prelude],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -82,9 +87,14 @@ class Spawner:
 
         assert self._process.stdout and self._process.stdout.readline() == "ready\n"
 
-    def start(self, args: list[object], room: int = 0) -> int:
-        """The process's number. room: bytes that a file may have."""
-        asked = {"args": [str(arg) for arg in args], "stderr": str(self._stderr), "room": room}
+    def start(self, args: list[object], room: int = 0, before: str = "") -> int:
+        """The process's number. room: bytes that a file may have. before: done there first."""
+        asked = {
+            "args": [str(arg) for arg in args],
+            "stderr": str(self._stderr),
+            "room": room,
+            "before": before,
+        }
         self._stderr.write_text("")
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write(json.dumps(asked) + "\n")
@@ -96,8 +106,8 @@ class Spawner:
         assert self._process.stdout
         return int(self._process.stdout.readline())
 
-    def run(self, args: list[object], room: int = 0) -> int:
-        self.start(args, room)
+    def run(self, args: list[object], room: int = 0, before: str = "") -> int:
+        self.start(args, room, before)
         return self.end()
 
     def wait_for(self, text: str) -> None:

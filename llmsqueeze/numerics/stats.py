@@ -14,6 +14,8 @@ PROBE_TOKENS = 32
 
 _SLICE = 64
 
+_SUMS = ("sum", "sample_sq", "sq_sum", "gram", "cross", "drift")
+
 
 class InputStats:
     """Sums over the tokens of one input group (all linears fed by the same tensor).
@@ -64,7 +66,7 @@ class InputStats:
             self.sq_sum = zeros(width, dtype=torch.float64)
         if "gram" in needs:
             self.gram = zeros(width, width)
-        self._probe: list[Tensor] = []
+        self.probes: list[Tensor] = []
         self.drift: Tensor | None = None
         if dense_share:
             self.cross = zeros(width, width)
@@ -104,13 +106,25 @@ class InputStats:
                 (x, PROBE_TOKENS) if lengths is None else (x[None], PROBE_TOKENS * samples)
             )
             some = _some(rows, count)
-            self._probe.append(some.reshape(-1, x.shape[-1]).clone())
+            self.probes.append(some.reshape(-1, x.shape[-1]).clone())
         if self.dense_share:
             assert dense_x is not None
             _add_product(self.cross, dense_x.reshape(tokens.shape), tokens)
             if self.drift is not None:
                 assert drift is not None
                 _add_product(self.drift, drift.reshape(-1, drift.shape[-1]), tokens)
+
+    def clear(self) -> None:
+        """Back to no tokens, in the same memory."""
+        self.count = self.samples = 0
+        for total in self.sums().values():
+            total.zero_()
+        self.probes = []
+
+    def sums(self) -> dict[str, Tensor]:
+        """By name, those that are gathered."""
+        found = ((name, getattr(self, name, None)) for name in _SUMS)
+        return {name: total for name, total in found if total is not None}
 
     def fitting(self) -> InputStats:
         """The sums without the held-out tokens; gram, and what product() needs."""
@@ -131,15 +145,13 @@ class InputStats:
         """Add the sums of `other`, gathered from other tokens of the same input."""
         self.count += other.count
         self.samples += other.samples
-        for name in ("sum", "sample_sq", "sq_sum", "gram", "cross", "drift"):
-            mine = getattr(self, name, None)
-            if mine is not None:
-                mine += getattr(other, name)
-        self._probe += other._probe
+        for name, mine in self.sums().items():
+            mine += getattr(other, name)
+        self.probes += other.probes
 
     def probe(self) -> Tensor:
         """[tokens, in], as they came in: evenly spaced tokens of every sample, of held-out ones if any."""
-        return torch.cat((self.held_out or self)._probe)
+        return torch.cat((self.held_out or self).probes)
 
     def is_finite(self) -> bool:
         """False once any token held NaN or Inf, or a square left the range of fp32."""
