@@ -26,7 +26,7 @@ from llmsqueeze.streams import Stream
 # Tokens per forward pass: enough to amortise reading the weights, few enough to stay in cache.
 CPU_BATCH_TOKENS = 1024
 GPU_BATCH_TOKENS = 16384
-# What is no larger is copied when it is read: as long as one tensor of a file is held, so are all pages that were
+# What is no larger is copied when it is read: while one tensor of a file is held, so are all pages that were
 # read with it, and norms wait for their shard while the block's weights were compressed long ago.
 SMALL = 2**20
 
