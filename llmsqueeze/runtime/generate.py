@@ -117,6 +117,11 @@ class Decoder:
         )
         self._token = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         self._graph: torch.cuda.CUDAGraph | None = None
+        if compiled:
+            # Layers in tiles make their tables when they are first used: traced, a codebook takes minutes.
+            with torch.no_grad():
+                model(self._token, **self._options)
+            self.cache.reset()
         if self.device.type == "cuda":
             self._capture()
 
