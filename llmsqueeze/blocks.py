@@ -21,6 +21,7 @@ from llmsqueeze.checkpoint import Checkpoint, place
 from llmsqueeze.device import beside
 from llmsqueeze.errors import CalibrationError
 from llmsqueeze.experts import call_all
+from llmsqueeze.parking import ON_DEVICE, Parked, Parking
 from llmsqueeze.streams import Stream
 
 # Tokens per forward pass: enough to amortise reading the weights, few enough to stay in cache.
@@ -54,7 +55,7 @@ class Run:
     """How to run one block over the calibration activations. last: its output is not needed."""
 
     block: nn.Module
-    hidden: Tensor
+    hidden: Tensor | Parked
     calls: dict[int, _Call]
     last: bool
 
@@ -86,14 +87,15 @@ class Boundary:
     """
 
     done: int = 0
-    activations: tuple[Tensor, ...] = ()
+    activations: tuple[Tensor | Parked, ...] = ()
     samples: tuple[int, ...] | None = None
     others: tuple[Boundary, ...] = ()
 
-    def restore(self, hidden: list[Tensor], samples: list[int]) -> None:
+    def restore(self, hidden: list[Tensor | Parked], samples: list[int]) -> None:
         """Put the activations of these samples, one tensor each of the walk and of a twin, in place."""
         for piece in (self, *self.others):
-            for ours, found in zip(hidden, piece.activations, strict=False):
+            for ours, kept in zip(hidden, piece.activations, strict=False):
+                found = kept.cpu()  # where a state has them
                 if piece.samples is None or list(piece.samples) == samples:
                     ours.copy_(found[samples] if piece.samples is None else found)
                     continue
@@ -146,11 +148,12 @@ def load_blocks(
     twin: bool = False,
     start: Boundary = BEGINNING,
     samples: list[int] | None = None,
+    parking: Parking = ON_DEVICE,
 ) -> Iterator[LoadedBlock]:
     """Every block in turn, freed when the next is asked for. The caller propagates the activations.
 
     start: the boundary to go on from. samples: which of all samples `tokens` are, None for all of them; empty
-    where they are some that only show how blocks are called.
+    where they are some that only show how blocks are called. parking: where activations wait.
     """
     if start.done == checkpoint.block_count:
         return
@@ -158,7 +161,7 @@ def load_blocks(
     call_all(model)  # batches are to meet the same linears in the same order
     hidden, calls = None, None
     if tokens is not None:
-        hidden, calls = _embed(checkpoint, model, tokens, dtype, device, batches)
+        hidden, calls = _embed(checkpoint, model, tokens, dtype, device, batches, parking)
     dense_hidden = hidden.clone() if hidden is not None and twin else None
     if hidden is not None:
         both = [hidden] if dense_hidden is None else [hidden, dense_hidden]
@@ -220,7 +223,8 @@ def _embed(
     dtype: torch.dtype,
     device: torch.device,
     batches: list[slice],
-) -> tuple[Tensor, list[dict[int, _Call]]]:
+    parking: Parking,
+) -> tuple[Tensor | Parked, list[dict[int, _Call]]]:
     """Inputs of block 0, [samples, seqlen, hidden], and for every block and batch size its call."""
     head = model.get_output_embeddings()
     unused = {id(p) for p in head.parameters()} - {
@@ -231,7 +235,7 @@ def _embed(
     move_buffers(model, device)
     blocks = model.get_submodule(checkpoint.blocks_path)
     calls: list[dict[int, _Call]] = [{} for _ in blocks]
-    hidden: Tensor | None = None
+    hidden: Tensor | Parked | None = None
 
     def recorder(index: int) -> Callable[..., Tensor]:
         def record(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -240,7 +244,7 @@ def _embed(
             if index == 0:
                 if hidden is None:
                     shape = (tokens.shape[0], *hidden_states.shape[1:])
-                    hidden = torch.empty(shape, dtype=dtype, device=device)
+                    hidden = parking.new(shape, dtype, device)
                 hidden[rows] = hidden_states
             if size in calls[-1]:
                 raise _Stop  # every block's call at this batch size is known

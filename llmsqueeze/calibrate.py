@@ -26,6 +26,7 @@ from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CalibrationError
 from llmsqueeze.experts import Expert, expert_of
 from llmsqueeze.numerics.stats import InputStats
+from llmsqueeze.parking import ON_DEVICE, Parking
 from llmsqueeze.parts import Pool, Split, cut_parts
 from llmsqueeze.ranks import ALONE, Team
 from llmsqueeze.streams import Stream, pausing
@@ -91,13 +92,15 @@ def walk(
     held_out: int = 0,
     start: Boundary = BEGINNING,
     team: Team = ALONE,
+    parking: Parking = ON_DEVICE,
 ) -> Iterator[BlockStep]:
     """For each block: load, gather `needs`, yield to the caller, propagate, free.
 
     tokens: [samples, seqlen] int64, or None when no statistics are needed. dtype: of the
     computation. batch: samples per pass, 0 for what suits the device. held_out: the last so many
     samples are summed apart too (InputStats.held_out). dense_share: see InputStats. start: the boundary to go
-    on from. team: the ranks that share the samples; all get all sums, and must set the same weights.
+    on from. team: the ranks that share the samples; all get all sums, and must set the same weights. parking:
+    where activations wait between blocks.
 
     order "group": each input group is measured after the groups before it were compressed, so one
     forward pass is enough; every sample's activations inside the block are held at once.
@@ -131,6 +134,7 @@ def walk(
         twin=following,
         start=start,
         samples=samples,
+        parking=parking,
     ):
         prefix, tensors, run = loaded.prefix, loaded.tensors, loaded.run
         if run is None:
@@ -306,7 +310,8 @@ class _Measure:
                 drift_width=drift_width,
             )
 
-        return Pool(self.split, new, self.run.hidden.new_empty(0, width))
+        nothing = torch.empty(0, width, dtype=self.run.hidden.dtype, device=device)
+        return Pool(self.split, new, nothing)
 
 
 def _experts(run: Run, linears: Iterable[str]) -> dict[str, Expert]:

@@ -32,6 +32,7 @@ from llmsqueeze.errors import CalibrationError, RecipeError
 from llmsqueeze.fingerprint import Fingerprint
 from llmsqueeze.learn import learn_masks
 from llmsqueeze.methods.base import Target
+from llmsqueeze.parking import ON_DEVICE, Parking
 from llmsqueeze.ranks import shared_out
 from llmsqueeze.recipe import PruneRecipe
 from llmsqueeze.site import prune_site
@@ -75,12 +76,14 @@ def prune(
     note: Callable[[str], None] = lambda message: None,
     on_block: Callable[[BlockDone], None] = lambda done: None,
     on_step: Callable[[StepDone], None] = lambda done: None,
+    activations: str = "device",
 ) -> Report:
     """Prune a checkpoint into a new llmsqueeze checkpoint at `out`, one block at a time.
 
     training_state: directory that trained masks are saved to and go on from; see train.train_masks.
     work: where it is done, and whether a run that is cut off can go on; None keeps no state. It has the ranks
-    that share the work: all make this call, and OUT has the same bytes for any number of them.
+    that share the work: all make this call, and OUT has the same bytes for any number of them. activations:
+    see Parking.place; it changes no byte either.
 
     Raises RecipeError before any work when the request does not fit the checkpoint or `out`.
     """
@@ -89,8 +92,9 @@ def prune(
     check_not_inside(out, checkpoint.path)
     work = work or Work(out, device)
     pruning = Pruning(
-        checkpoint, recipe, device, work, training_state=training_state, note=note, on_step=on_step
-    )
+        checkpoint, recipe, device, work, training_state=training_state, note=note, on_step=on_step,
+        parking=Parking(activations, work.folder),
+    )  # fmt: skip
     with (
         work,
         worker() as hashing,
@@ -191,6 +195,7 @@ class Pruning:
         training_state: Path | None = None,
         note: Callable[[str], None] = lambda message: None,
         on_step: Callable[[StepDone], None] = lambda done: None,
+        parking: Parking = ON_DEVICE,
     ) -> None:
         self.checkpoint, self.recipe, self.device, self.work = checkpoint, recipe, device, work
         if work.team.size > 1 and recipe.tiles != "score":
@@ -200,6 +205,7 @@ class Pruning:
         self._sites = plan.choose_sites(checkpoint, recipe)
         self._training_state, self._note, self._on_step = training_state, note, on_step
         self._trained: TrainedMasks | None = None
+        self._parking = parking
 
     def prepare(self) -> None:
         """Read the calibration text, say what will be lost and what will be held."""
@@ -215,7 +221,9 @@ class Pruning:
         if self._tokens is not None:
             size = self.work.team.size
             share = self._tokens[: -(-len(self._tokens) // size)]
-            needed = plan.memory_estimate(checkpoint, self.recipe, share, self._dtype, device)
+            needed = plan.memory_estimate(checkpoint, self.recipe, share, self._dtype, device,
+                parked=self._parking.elsewhere(device),
+            )  # fmt: skip
             where = device if size == 1 else f"each of {size} ranks"
             self._note(f"calibrating will hold about {needed / 1e9:.2g} GB on {where}")
 
@@ -249,6 +257,7 @@ class Pruning:
             held_out=plan.held_out_samples(recipe),
             start=start,
             team=self.work.team,
+            parking=self._parking,
         ):
             started = time.monotonic()
             reports: dict[str, dict[str, float]] = {}
@@ -312,7 +321,7 @@ class Pruning:
         if recipe.tiles == "score":
             return plan.allocate(
                 self.checkpoint, self._sites, tokens, recipe, self._dtype, self.device, self._batch,
-                work.trail("allocation", self.checkpoint.block_count), work.team,
+                work.trail("allocation", self.checkpoint.block_count), work.team, self._parking,
             )  # fmt: skip
         assert tokens is not None
         trail = work.trail("masks")

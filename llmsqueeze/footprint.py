@@ -30,21 +30,22 @@ KMEANS_TABLES = 6
 @dataclass(frozen=True)
 class Walk:
     """A walk over the blocks. item: bytes of a number that it computes with; followed: models, 1 or 2 with
-    the dense one; at_once: samples per forward pass."""
+    the dense one; at_once: samples per forward pass; parked: between blocks activations wait elsewhere."""
 
     samples: int
     seqlen: int
     at_once: int
     item: int
     followed: int = 1
+    parked: bool = False
 
     @classmethod
     def of(
         cls, samples: int, seqlen: int, batch: int, dtype: torch.dtype, device: torch.device,
-        followed: int = 1,
+        followed: int = 1, parked: bool = False,
     ) -> Walk:  # fmt: skip
         at_once = min(samples, batch or batch_samples(seqlen, device))
-        return cls(samples, seqlen, at_once, dtype.itemsize, followed)
+        return cls(samples, seqlen, at_once, dtype.itemsize, followed, parked)
 
     @property
     def tokens(self) -> int:
@@ -53,6 +54,11 @@ class Walk:
     @property
     def batch_tokens(self) -> int:
         return self.at_once * self.seqlen
+
+    @property
+    def waiting(self) -> int:
+        """Tokens whose activations are held between two blocks."""
+        return self.batch_tokens if self.parked else self.tokens * self.followed
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def prune_bytes(checkpoint: Checkpoint, recipe: PruneRecipe, walk: Walk, held_ou
     """Of a walk that prunes: the most of its groups, each while its widest linear is solved for."""
     needs = recipe.needs
     hidden = _hidden(checkpoint)
-    between = walk.tokens * hidden * walk.item * walk.followed
+    between = walk.waiting * hidden * walk.item
     weights = _block_weights(checkpoint) * walk.item * walk.followed
     groups = _groups(checkpoint)
     of_each = min(PROBE_TOKENS, walk.seqlen)
@@ -123,7 +129,7 @@ def embedding_bytes(checkpoint: Checkpoint, walk: Walk) -> int:
     dtype = {2: (torch.bfloat16, torch.float16), 4: (torch.float32,)}[walk.item]
     table = checkpoint.model.get_input_embeddings().weight.numel()
     copied = 0 if checkpoint.dtype in dtype else table * walk.item
-    return copied + walk.tokens * _hidden(checkpoint) * walk.item * walk.followed
+    return copied + walk.waiting * _hidden(checkpoint) * walk.item
 
 
 def source_bytes(checkpoint: Checkpoint, written: int) -> int:

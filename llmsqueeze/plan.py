@@ -17,6 +17,7 @@ from llmsqueeze.data import Windows, calibration_windows, load_tokenizer
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.methods import allocation_method
 from llmsqueeze.methods.base import Target
+from llmsqueeze.parking import ON_DEVICE, Parking
 from llmsqueeze.ranks import ALONE, Team
 from llmsqueeze.recipe import Calibration, PruneRecipe, allocation_needs, is_ignored
 from llmsqueeze.work import Trail
@@ -83,11 +84,14 @@ def memory_estimate(
     tokens: Tensor,
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    parked: bool = False,
 ) -> int:
-    """Bytes that calibration will hold on `device` at its peak, from shapes alone."""
+    """Bytes that calibration will hold on `device` at its peak, from shapes alone. parked: activations wait
+    elsewhere."""
     followed = 2 if "product" in recipe.needs and recipe.dense_share else 1
     samples, seqlen = tokens.shape
-    walk = footprint.Walk.of(samples, seqlen, recipe.batch, dtype, device, followed)
+    walk = footprint.Walk.of(samples, seqlen, recipe.batch, dtype, device, followed, parked)
     held = footprint.prune_bytes(checkpoint, recipe, walk, held_out_samples(recipe))
     if recipe.order == "block":  # the sums of all experts of a block are gathered together
         sums = 4 if "product" in recipe.needs else 1 if "gram" in recipe.needs else 0
@@ -118,10 +122,12 @@ def allocate(
     batch: int,
     trail: Trail,
     team: Team = ALONE,
+    parking: Parking = ON_DEVICE,
 ) -> dict[str, Target]:
     """A target for every site. An allocation other than uniform looks at the dense model first.
 
-    batch: samples per forward pass. trail: what that look is kept in, and goes on from. team: see walk.
+    batch: samples per forward pass. trail: what that look is kept in, and goes on from. team, parking: see
+    walk.
     """
     allocation = allocation_method(recipe.allocation)
     if allocation is None or recipe.target.sparsity == 0:
@@ -134,7 +140,16 @@ def allocate(
 
     needs = allocation.needs(recipe.allocation_config)
     for block in walk(
-        checkpoint, tokens, needs, dtype, device, batch, "block", start=trail.start, team=team
+        checkpoint,
+        tokens,
+        needs,
+        dtype,
+        device,
+        batch,
+        "block",
+        start=trail.start,
+        team=team,
+        parking=parking,
     ):
         seen = {s.name: (s.weight, s.stats) for s in block.sites if s.name in sites}
         if seen:

@@ -146,6 +146,10 @@ or every --save-every steps.
               help="group: measure q/k/v, compress, measure o, …: one pass. "
               "block: measure the whole uncompressed block: two passes, less memory."
               + _default(PruneRecipe, "order"))  # fmt: skip
+@click.option("--activations", type=click.Choice(("device", "host", "disk")),
+              default="device", show_default=True,
+              help="Where calibration activations wait between blocks; disk: beside OUT. With --order block "
+              "nothing else grows with --samples. The result has the same bytes.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
 @resume_option
 @device_option
@@ -160,6 +164,7 @@ def prune(
     out: Path,
     recipe_file: Path | None,
     training_state: Path | None,
+    activations: str,
     overwrite: bool,
     resume: str,
     device: str,
@@ -189,7 +194,7 @@ def prune(
         with console.steps() as progress, working(console, out, where, resume, team) as work:
             report = compress.prune(
                 opened, name, out, recipe, where, overwrite=overwrite, training_state=state,
-                work=work, note=console.note,
+                work=work, note=console.note, activations=activations,
                 on_block=lambda b: progress(
                     "pruning block", b.index + 1, b.total, f"{b.seconds:.1f} s"
                 ),
