@@ -25,6 +25,7 @@ from llmsqueeze.device import (
     beside,
     calibration_dtype,
     exact_matmul,
+    watch_peak,
     with_smaller_batches,
     worker,
 )
@@ -216,8 +217,7 @@ class Pruning:
         self._dtype = calibration_dtype(self.recipe.dtype, checkpoint.dtype, device)
         self.batch = plan.samples_at_once(self.recipe.batch, self._tokens, device)
         note_losses(checkpoint, self._note)
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        watch_peak(device)
         if self._tokens is not None:
             size = self.work.team.size
             share = self._tokens[: -(-len(self._tokens) // size)]

@@ -31,6 +31,13 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def watch_peak(device: torch.device) -> None:
+    """Let max_memory_allocated count from here."""
+    if device.type == "cuda":
+        torch.cuda.init()  # where the device has a number, the next call does not see to it
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def calibration_dtype(name: str, stored: torch.dtype, device: torch.device) -> torch.dtype:
     """ "auto" is the checkpoint's own dtype where the device multiplies it natively, else float32."""
     if name != "auto":

@@ -26,7 +26,13 @@ from llmsqueeze.compress import (
     peak_rss_bytes,
     versions,
 )
-from llmsqueeze.device import calibration_dtype, exact_matmul, with_smaller_batches, worker
+from llmsqueeze.device import (
+    calibration_dtype,
+    exact_matmul,
+    watch_peak,
+    with_smaller_batches,
+    worker,
+)
 from llmsqueeze.errors import RecipeError, Stopped
 from llmsqueeze.fingerprint import Fingerprint
 from llmsqueeze.kv_calibration import Seen, gradient_places, gradients, observe_block, tables
@@ -75,8 +81,7 @@ def quantize_kv(
     check_not_inside(out, checkpoint.path)
     record = _record(checkpoint, recipe)
     dtype = calibration_dtype(recipe.dtype, checkpoint.dtype, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    watch_peak(device)
     tensors: dict[str, Tensor] = {}
     described: dict[str, Any] | None = None
     tokens = None

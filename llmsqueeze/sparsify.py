@@ -29,7 +29,13 @@ from llmsqueeze.compress import (
     store_block,
     versions,
 )
-from llmsqueeze.device import calibration_dtype, exact_matmul, with_smaller_batches, worker
+from llmsqueeze.device import (
+    calibration_dtype,
+    exact_matmul,
+    watch_peak,
+    with_smaller_batches,
+    worker,
+)
 from llmsqueeze.encode_recipe import EncodeRecipe
 from llmsqueeze.encoded import EncodedCheckpoint
 from llmsqueeze.errors import RecipeError
@@ -120,8 +126,7 @@ def sparsify(
             )
         else:
             checkpoint = source
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        watch_peak(device)
         batch = plan.samples_at_once(recipe.batch, tokens, device)
         found = with_smaller_batches(
             batch,

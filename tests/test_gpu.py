@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,16 @@ def test_loading_to_the_device(
         placed = model.get_parameter(name)
         assert placed.is_cuda
         assert torch.equal(placed.cpu(), stored.to(dtype)), name
+
+
+def test_a_numbered_device_in_a_new_process(tiny: Tiny, tmp_path: Path, text_file: Path) -> None:
+    """Nothing has woken it there."""
+    calib = ["--calib", text_file, "--samples", 2, "--seqlen", 24]
+    for command in (["prune", "--method", "wanda"], ["sparsify"], ["quantize-kv", "--bits", 4]):
+        args = [command[0], tiny("llama"), "-o", tmp_path / command[0], *command[1:], *calib]
+        asked = [sys.executable, "-m", "llmsqueeze", *map(str, args), "--device", "cuda:0", "-q"]
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
 
 
 def test_eval_on_the_device(cli: Any, tiny: Tiny, text_file: Path) -> None:
