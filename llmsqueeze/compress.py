@@ -162,7 +162,7 @@ def _prune_into(
     for block in pruning.blocks(batch, trail.start):
         if stored:
             total += stored.result()  # one block waits at most; a full disk shows here
-        stored = storing.submit(store_block, writer, checkpoint, block.tensors, block.reports)
+        stored = storing.submit(store_block, writer, checkpoint, block.take(), block.reports)
         on_block(BlockDone(block.index, checkpoint.block_count, block.seconds))
         trail.reached(block.after, capture)
     return total + stored.result() if stored else total
@@ -178,6 +178,12 @@ class PrunedBlock:
     reports: dict[str, dict[str, float]]
     seconds: float
     after: Boundary
+
+    def take(self) -> dict[str, Tensor]:
+        """The tensors, which nothing else holds then."""
+        found = dict(self.tensors)
+        self.tensors.clear()
+        return found
 
 
 class Pruning:
@@ -265,6 +271,7 @@ class Pruning:
                 sites = [site for site in group if site.name in targets]
                 reports |= self._prune_group(block, sites, targets)
             tensors = {name: tensor.cpu() for name, tensor in block.tensors.items()}
+            block.tensors.clear()  # from here on they are the caller's alone
             for name in reports:
                 if not torch.isfinite(tensors[f"{name}.weight"]).all():
                     raise CalibrationError(

@@ -132,15 +132,25 @@ def embedding_bytes(checkpoint: Checkpoint, walk: Walk) -> int:
     return copied + walk.waiting * _hidden(checkpoint) * walk.item
 
 
-def source_bytes(checkpoint: Checkpoint, written: int) -> int:
-    """Pages of the source that are mapped at once: of all blocks that no file has yet, and the next one.
+def source_bytes(checkpoint: Checkpoint, written: int, *, changed: bool) -> int:
+    """Pages of the source that are mapped at once: of two blocks, and of what no file has yet of tensors that
+    are written as they were read.
 
-    A norm that waits to be written keeps the pages that were read with it. written: bytes of all tensors.
+    written: bytes of all tensors; changed: whether linears are, so that what becomes of a block
+    is held instead.
     """
     whole = checkpoint.stored_bytes
-    waiting = whole * min(1.0, SHARD_BYTES / max(written, 1))
-    ahead = sum(stored_bytes(checkpoint, name) for name in checkpoint.block_parameters(0))
-    return min(whole, round(waiting) + ahead)
+    block = sum(stored_bytes(checkpoint, name) for name in checkpoint.block_parameters(0))
+    waiting = 0.0 if changed else whole * min(1.0, SHARD_BYTES / max(written, 1))
+    return min(whole, round(waiting) + 2 * block)
+
+
+def result_bytes(checkpoint: Checkpoint) -> int:
+    """Of one block's weights as they become, in the dtype that is stored."""
+    names = checkpoint.block_parameters(0)
+    return sum(
+        checkpoint.model.get_parameter(n).numel() * checkpoint.site_dtype(n).itemsize for n in names
+    )
 
 
 def pending_bytes(checkpoint: Checkpoint, written: int, *, changed: bool) -> int:

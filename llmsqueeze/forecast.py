@@ -209,8 +209,10 @@ def host_bytes(
     for stage in _stages(steps, took):
         if device.type == "cpu":
             held.append(sum(effort.bytes for effort in stage))
-    peak = max(before + max(held), pending + footprint.encoding_bytes(checkpoint))
-    return now + LIBRARIES + footprint.source_bytes(checkpoint, made.bytes_after) + peak
+    become = footprint.result_bytes(checkpoint) if changed else 0
+    peak = become + max(before + max(held), pending + footprint.encoding_bytes(checkpoint))
+    source = footprint.source_bytes(checkpoint, made.bytes_after, changed=changed)
+    return now + LIBRARIES + source + peak
 
 
 def _stages(steps: list[Step], took: list[Effort]) -> list[list[Effort]]:
