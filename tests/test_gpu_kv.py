@@ -54,7 +54,7 @@ def test_attention_over_tiles(kind: str, bits: int, slots: int, limit: float, wi
 @pytest.mark.parametrize(
     ("kind", "bits", "slots", "limit"),
     [("fp8", 8, 0, 3e-3), ("rotated", 4, 0, 3e-3), ("rotated", 3, 0, 3e-3),
-     ("channels-turned", 4, 0, 3e-3), ("channels-turned", 4, 1, 4e-3)],
+     ("channels-turned", 4, 0, 3e-3), ("channels-turned", 4, 1, 3e-3)],
 )  # fmt: skip
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 4097, 131072])
@@ -69,8 +69,9 @@ def test_any_length_any_group_and_any_number_of_blocks(
     case = make_case(
         kind, bits, batch=1, width=width, tokens=tokens, slots=slots, device="cuda", theta=5e5
     )
-    # Turned keys are rounded to fp16, so that errors grow with scores: here half as wide as elsewhere.
-    scale = 0.5 * width**-0.5
+    # Turned keys are rounded to fp16, so that errors grow with scores: here these have a variance of one, as
+    # random queries and keys have.
+    scale = width**-0.5 / 3
     for group in (1, 4, 8):
         q = query_for(case, group, torch.bfloat16)
         given = case.arguments(q, 0, scale)

@@ -4,7 +4,8 @@
 
 Random keys and values. One CUDA graph walks through different caches, more than a GPU's second level holds.
 Every set is timed by turns, in one run: macros of the kernel that stand instead of those it is launched with.
-Errors are those of the reference in fp32, of the last cache's result.
+Errors are those of the reference in fp32, of the last cache's result. Of the bound: the
+speed-up as a share of how many times fewer bytes are read.
 """
 
 from __future__ import annotations
@@ -69,10 +70,14 @@ def main() -> None:
                 kv_kernels.variant = lambda *a, macros=macros: own(*a) | macros
                 graphs.append(_graph(some))
             kv_kernels.variant = own
+            size = case.tiles.numel() * case.tiles.element_size()
+            fewer = args.batch * 8 * tokens * 2 * 128 * 2 / size
             for macros, micros, error in zip(sets, _timed(graphs), errors, strict=True):
                 text = ", ".join(f"{k}={v}" for k, v in macros.items()) or "as launched"
+                faster = min(dense) / micros
                 print(
-                    f"  {name}: {micros:.2f} µs, {min(dense) / micros:.2f} ×, off {error:.1e}  [{text}]",
+                    f"  {name}: {micros:.2f} µs, {size / micros / 1e6:.2f} TB/s, {faster:.2f} ×, "
+                    f"{faster / fewer:.2f} of the bound {fewer:.2f}, off {error:.1e}  [{text}]",
                     flush=True,
                 )
 
