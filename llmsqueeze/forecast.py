@@ -47,9 +47,10 @@ STORE_RATE = 150e6
 RATE_SECONDS = 0.5
 
 
-# What libraries load and set up at their first product and first text, which `plan` has not met: by what a
-# model of 200 kB took, 22 to 27 MB by method.
-LIBRARIES = 25_000_000
+# What libraries load and set up until a run is done, which `plan` has not met: what a model of 200 kB took,
+# 75 to 100 MB by method. While texts become tokens it is so much for a moment, and nothing else is held yet.
+LIBRARIES = 90_000_000
+TOKENISING = 190_000_000
 
 
 @dataclass(frozen=True)
@@ -212,7 +213,8 @@ def host_bytes(
     become = footprint.result_bytes(checkpoint) if changed else 0
     peak = become + max(before + max(held), pending + footprint.encoding_bytes(checkpoint))
     source = footprint.source_bytes(checkpoint, made.bytes_after, changed=changed)
-    return now + LIBRARIES + source + peak
+    calibrated = any(effort.tokens for effort in took)
+    return now + max(LIBRARIES + source + peak, TOKENISING if calibrated else 0)
 
 
 def _stages(steps: list[Step], took: list[Effort]) -> list[list[Effort]]:
