@@ -23,7 +23,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "device": ("errors",),
     "methods": ("methods", "numerics", "architectures", "errors"),
     "ops": ("ops", "numerics", "errors"),
-    "side_files": ("shards", "errors"),
+    "side_files": ("ranks", "shards", "errors"),
     "activation": ("policy", "shards", "side_files", "numerics.histogram", "errors"),
     "kv_record": ("methods", "shards", "side_files", "errors"),
     "observe": ("stand_in",),
