@@ -83,7 +83,8 @@ def _command(
         try:
             if world().size > 1 and not ranks:
                 raise RecipeError(
-                    "only `prune` and `sparsify` can be shared by several ranks; run this without torchrun"
+                    "only `prune`, `sparsify` and `quantize-kv` can be shared by several ranks; run this "
+                    "without torchrun"
                 )
             prepare(verbose)
             body(console=console, **options)

@@ -119,6 +119,22 @@ class Team:
                 _all_there(tensor)
                 dist.all_reduce(tensor)
 
+    def deal(self, given: list[Tensor]) -> list[Tensor]:
+        """What every rank has given to this one. given: a flat tensor to each, of one dtype and device."""
+        if self.size == 1:
+            return given
+        counts = [each[self.rank] for each in self.gather([part.numel() for part in given])]
+        flat = torch.cat(given)
+        found = flat.new_empty(sum(counts))
+        item = flat.element_size()
+        with self._meeting():
+            _all_there(flat)
+            dist.all_to_all_single(
+                _bytes(found), _bytes(flat),
+                [count * item for count in counts], [part.numel() * item for part in given],
+            )  # fmt: skip
+        return list(found.split(counts))
+
     def share(self, own: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """What any rank has, by names that no other has: on all of them, on `device`, by rank."""
         told: list[dict[str, Any]] = self.gather(

@@ -137,8 +137,7 @@ def sparsify(
                 checkpoint, tokens, recipe, dtype, device, writer, work, batch, on_block
             )
 
-        # Memory may end on one rank, and the others cannot go back with it.
-        found = with_smaller_batches(batch, attempt, note) if team.size == 1 else attempt(batch)
+        found = with_smaller_batches(batch, attempt, note, team.size)
         gates = found.gates
         if not gates:
             raise RecipeError("--ignore leaves nothing to gate")

@@ -152,6 +152,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "blocks",
         "numerics",
         "observe",
+        "parts",
         "runtime.positions",
         "runtime.spans",
         "errors",

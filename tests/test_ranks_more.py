@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from llmsqueeze.shards import KV_NAME
 from tests.test_ranks import Launcher
 from tests.test_resume import contents
 
@@ -89,7 +91,7 @@ def test_gates_have_the_same_bytes(
 def test_gates_that_were_stopped_any_number_goes_on_with(
     launcher: Launcher, tiny: Tiny, calibration: list[object], tmp_path: Path, method: str, then: int
 ) -> None:  # fmt: skip
-    args = ["sparsify", tiny(), *calibration, "--method", method]
+    args = ["sparsify", tiny(num_hidden_layers=8), *calibration, "--method", method]
     assert launcher.run([*args, "-o", tmp_path / "whole"]) == 0, launcher.said
     pid = launcher.start([*args, "--gpus", 2, "-o", tmp_path / "out", "--json"])
     launcher.wait_for("calibrating block 1/")
@@ -129,3 +131,55 @@ def FAULT(rank):
     errors = [line for line in launcher.said.splitlines() if line.startswith("error:")]
     assert len(errors) == 1 and "the gates are odd" in errors[0], launcher.said
     assert list(tmp_path.iterdir()) == []
+
+
+CACHES: dict[str, tuple[list[object], tuple[int, ...]]] = {
+    "kvquant": ([], (2, 3, 4)),
+    "kvquant with outliers": (["--outliers", 0.05, "--bits", 3, "--batch-size", 2], (2,)),
+    "plain": (["--plain", "--outliers", 0.05, "--bits", 2], (3,)),
+    "fewer samples than ranks": (["--samples", 2, "--dtype", "bfloat16"], (4,)),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+def test_codebooks_have_the_same_bytes(
+    launcher: Launcher, tiny: Tiny, calibration: list[object], tmp_path: Path, name: str
+) -> None:
+    options, sizes = CACHES[name]
+    out = same_bytes(launcher, tmp_path, ["quantize-kv", tiny(), *calibration, *options], sizes)
+    assert (out / KV_NAME).exists()
+
+
+def test_a_cache_without_codebooks_too(launcher: Launcher, tiny: Tiny, tmp_path: Path) -> None:
+    args = ["quantize-kv", tiny(), "--method", "rotate", "--device", "cpu"]
+    for size in (1, 2):
+        assert launcher.run([*args, "--gpus", size, "-o", tmp_path / str(size)]) == 0, launcher.said
+    assert contents(tmp_path / "2") == contents(tmp_path / "1")
+
+
+def test_gradients_are_for_one(
+    launcher: Launcher, tiny: Tiny, calibration: list[object], tmp_path: Path
+) -> None:
+    args = ["quantize-kv", tiny(), *calibration, "--fisher", "--gpus", 2, "-o", tmp_path / "out"]
+    assert launcher.run([*args, "-q"]) == 2
+    assert launcher.said.startswith("error: --fisher takes gradients of the whole model")
+    assert launcher.said.count("\n") == 1 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("then", [1, 3])
+def test_codebooks_that_were_stopped_any_number_goes_on_with(
+    launcher: Launcher, tiny: Tiny, calibration: list[object], tmp_path: Path, then: int
+) -> None:
+    """After the layers that the ranks fit side by side."""
+    args = ["quantize-kv", tiny(num_hidden_layers=8), *calibration]
+    assert launcher.run([*args, "-o", tmp_path / "whole"]) == 0, launcher.said
+    pid = launcher.start([*args, "--gpus", 2, "-o", tmp_path / "out", "--json"])
+    launcher.wait_for("calibrating block 1/")
+    os.kill(pid, signal.SIGTERM)
+    assert launcher.end() == 75, launcher.said
+    stopped = re.search(r"stopped after block (\d) of 8", launcher.said)
+    assert stopped and int(stopped[1]) % 2 == 0
+    again = [*args, "--gpus", then, "-o", tmp_path / "out", "--resume", "required"]
+    assert launcher.run(again) == 0, launcher.said
+    assert f"going on after block {stopped[1]}" in launcher.said
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
