@@ -127,7 +127,8 @@ def deal(
             if own:
                 given[place] = join(own).flatten()
                 own.clear()
-        dealt = torch.cat(team.deal(given))
+        dealt = team.deal(given)
+        del given
         if team.rank >= len(layers):
             continue
         shape = (len(order), heads, -1) if name == "at" else (len(order), heads, -1, width)

@@ -62,6 +62,7 @@ Weights stay as they are. `eval` then measures the checkpoint with its cache pac
 `llmsqueeze.kv_cache(model)` makes such a cache for transformers.
 
 {RESUME_HELP} The gradients of --fisher are kept when they are complete.
+With --gpus N it ends after every N blocks.
 """,
 )
 @click.argument("checkpoint")

@@ -119,10 +119,11 @@ class Team:
                 _all_there(tensor)
                 dist.all_reduce(tensor)
 
-    def deal(self, given: list[Tensor]) -> list[Tensor]:
-        """What every rank has given to this one. given: a flat tensor to each, of one dtype and device."""
+    def deal(self, given: list[Tensor]) -> Tensor:
+        """What the ranks have given to this one, by rank. given: a flat tensor to each, of one dtype and
+        device."""
         if self.size == 1:
-            return given
+            return given[0]
         counts = [each[self.rank] for each in self.gather([part.numel() for part in given])]
         flat = torch.cat(given)
         found = flat.new_empty(sum(counts))
@@ -133,7 +134,7 @@ class Team:
                 _bytes(found), _bytes(flat),
                 [count * item for count in counts], [part.numel() * item for part in given],
             )  # fmt: skip
-        return list(found.split(counts))
+        return found
 
     def share(self, own: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """What any rank has, by names that no other has: on all of them, on `device`, by rank."""

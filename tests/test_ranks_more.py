@@ -6,11 +6,14 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llmsqueeze.shards import KV_NAME
 from tests.test_ranks import Launcher
@@ -133,6 +136,31 @@ def FAULT(rank):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
+@pytest.mark.parametrize("method", ["teal", "chess", "rsparse"])
+def test_gpus_give_the_same_gates(
+    tiny: Tiny, calibration: list[object], tmp_path: Path, method: str
+) -> None:
+    """By nccl, and as on one of them."""
+    command = [sys.executable, "-m", "llmsqueeze", "sparsify", tiny(), *calibration]
+    for size in (1, 2):
+        options = [
+            "--method",
+            method,
+            "--device",
+            "cuda",
+            "--gpus",
+            size,
+            "-o",
+            tmp_path / str(size),
+        ]
+        args = [str(a) for a in [*command, *options]]
+        done = subprocess.run(args, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "2") == contents(tmp_path / "1")
+
+
 CACHES: dict[str, tuple[list[object], tuple[int, ...]]] = {
     "kvquant": ([], (2, 3, 4)),
     "kvquant with outliers": (["--outliers", 0.05, "--bits", 3, "--batch-size", 2], (2,)),
@@ -166,9 +194,8 @@ def test_gradients_are_for_one(
     assert launcher.said.count("\n") == 1 and list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("then", [1, 3])
 def test_codebooks_that_were_stopped_any_number_goes_on_with(
-    launcher: Launcher, tiny: Tiny, calibration: list[object], tmp_path: Path, then: int
+    launcher: Launcher, tiny: Tiny, calibration: list[object], tmp_path: Path
 ) -> None:
     """After the layers that the ranks fit side by side."""
     args = ["quantize-kv", tiny(num_hidden_layers=8), *calibration]
@@ -179,7 +206,7 @@ def test_codebooks_that_were_stopped_any_number_goes_on_with(
     assert launcher.end() == 75, launcher.said
     stopped = re.search(r"stopped after block (\d) of 8", launcher.said)
     assert stopped and int(stopped[1]) % 2 == 0
-    again = [*args, "--gpus", then, "-o", tmp_path / "out", "--resume", "required"]
+    again = [*args, "--gpus", 3, "-o", tmp_path / "out", "--resume", "required"]
     assert launcher.run(again) == 0, launcher.said
     assert f"going on after block {stopped[1]}" in launcher.said
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
