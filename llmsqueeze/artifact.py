@@ -366,13 +366,13 @@ class ArtifactWriter:
         self, method: str, prefill: str, gates: dict[str, GateRecord], tensors: dict[str, Tensor]
     ) -> ActivationRecord:
         """Store the gates of sparsified activations and their side tensors."""
-        file = write_side_file(self.directory, SIDE_NAME, tensors)
+        file = write_side_file(self.directory, SIDE_NAME, tensors, self._team)
         self._activation = ActivationRecord(method, prefill, gates, file)
         return self._activation
 
     def add_kv_cache(self, record: KvRecord, tensors: dict[str, Tensor]) -> KvRecord:
         """Store how the KV cache is quantised. tensors: see kv_record; none for an uncalibrated method."""
-        file = write_side_file(self.directory, KV_NAME, tensors) if tensors else None
+        file = write_side_file(self.directory, KV_NAME, tensors, self._team) if tensors else None
         self._kv_cache = replace(record, file=file)
         return self._kv_cache
 

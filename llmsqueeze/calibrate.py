@@ -117,12 +117,8 @@ def walk(
     if tokens is not None:
         batch = batch or batch_samples(tokens.shape[1], device)
         split = Split.of(cut_parts(tokens, batch, held_out), team)
-        batches = split.batches
-        if team.size > 1:
-            samples = split.samples
-            # A rank that has no part still learns from the first one how blocks are called.
-            batches = batches or list(split.parts[0].batches[:1])
-            tokens = tokens[samples] if samples else tokens[batches[0]]
+        batches = split.calls
+        tokens, samples = split.own_tokens(tokens)
     groups_of: dict[tuple[str, ...], list[list[str]]] = {}
     following = bool(dense_share)
     for loaded in load_blocks(

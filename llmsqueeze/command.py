@@ -83,7 +83,8 @@ def _command(
         try:
             if world().size > 1 and not ranks:
                 raise RecipeError(
-                    "only `prune` can be shared by several ranks; run this without torchrun"
+                    "only `prune`, `sparsify` and `quantize-kv` can be shared by several ranks; run this "
+                    "without torchrun"
                 )
             prepare(verbose)
             body(console=console, **options)
@@ -268,6 +269,14 @@ def device_option(body: Callable[..., None]) -> Callable[..., None]:
     return click.option(
         "--device", default="auto", show_default=True, envvar="LLMSQUEEZE_DEVICE",
         help="auto, cpu, cuda or cuda:N.",
+    )(body)  # fmt: skip
+
+
+def gpus_option(body: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--gpus", type=click.IntRange(min=1), metavar="N", envvar="LLMSQUEEZE_GPUS",
+        help="Share the work among N processes, each with a GPU of its own, or on the CPU with "
+        "--device cpu. The result has the same bytes. torchrun starts them as well.",
     )(body)  # fmt: skip
 
 

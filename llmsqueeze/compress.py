@@ -110,10 +110,7 @@ def prune(
         def attempt(batch: int) -> Share:
             return _prune_into(writer, pruning, work, storing, batch, on_block)
 
-        if work.team.size == 1:
-            total = with_smaller_batches(pruning.batch, attempt, note)
-        else:  # memory may end on one rank, and the others cannot go back with it
-            total = attempt(pruning.batch)
+        total = with_smaller_batches(pruning.batch, attempt, note, work.team.size)
         sparsity = total.sparsity
         recipe = pruning.recipe
         step = pruning.step(source_name, source.sha256, sparsity)

@@ -64,11 +64,16 @@ def out_of_memory(error: BaseException) -> bool:
     ) or "can't allocate memory" in str(error)
 
 
-def with_smaller_batches(batch: int, attempt: Callable[[int], T], note: Callable[[str], None]) -> T:
+def with_smaller_batches(
+    batch: int, attempt: Callable[[int], T], note: Callable[[str], None], ranks: int = 1
+) -> T:
     """attempt(batch), and with half of it for as long as memory is too small.
 
+    ranks: of several none tries again: memory may end on one, and the others cannot go back with it.
     ResourceError when it is too small for one sample at a time.
     """
+    if ranks > 1:
+        return attempt(batch)
     while True:
         try:
             return attempt(batch)

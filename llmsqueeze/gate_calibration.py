@@ -16,7 +16,9 @@ from llmsqueeze.errors import CalibrationError
 from llmsqueeze.methods import activation_method, greedy
 from llmsqueeze.methods.gating import BlockParts, Branch, GateSpec
 from llmsqueeze.numerics.histogram import MagnitudeHistogram
+from llmsqueeze.parts import Split
 from llmsqueeze.policy import Policy
+from llmsqueeze.ranks import Team, shared_out
 from llmsqueeze.recipe import is_ignored
 from llmsqueeze.runtime.gates import GatedOutput, GateParts, Gating, install
 from llmsqueeze.sparsify_recipe import SparsifyRecipe
@@ -110,18 +112,17 @@ def choose_gates(
 
 
 def calibrate_block(
-    loaded: LoadedBlock, specs: list[GateSpec], recipe: SparsifyRecipe, batches: list[slice]
+    loaded: LoadedBlock, specs: list[GateSpec], recipe: SparsifyRecipe, split: Split
 ) -> list[GateState]:
     """Thresholds of all gates of one block; afterwards its activations are those of the next block.
 
+    split: the samples, and the ranks that share them; all make this call and get the same gates.
     Raises CalibrationError when what a gate sees is not finite.
     """
-    run = loaded.run
+    run, team = loaded.run, split.team
     assert run is not None
-    states = _prepare(loaded, specs, recipe, batches)
-    with _observing(run.block, states, recipe.prefix, run.hidden.shape[1]):
-        for rows in batches:
-            run.forward(rows)
+    states = _prepare(loaded, specs, recipe, split)
+    _observe(run, states, recipe.prefix, split)
     method: Any = activation_method(recipe.method)
     for state in states:
         name = loaded.prefix + state.spec.at
@@ -135,13 +136,9 @@ def calibrate_block(
                 f"{name} took no part in the forward pass; its architecture is not supported"
             )
         state.drop(recipe.sparsity)
-        if hasattr(method, "branch") and recipe.sparsity:
-            state.branch = method.branch(
-                torch.cat(state.weights), state.scale, torch.cat(state.x), state.histogram,
-                recipe.sparsity, recipe.config,
-            )  # fmt: skip
-            if state.branch.fixed:
-                state.drop(state.branch.sparsity)
+    if hasattr(method, "branch") and recipe.sparsity:
+        _make_branches(run, states, method, recipe, split)
+    for state in states:
         state.x = []
     searching = (
         bool(states)
@@ -156,14 +153,80 @@ def calibrate_block(
         gating = install(run.block, parts, Policy("dense"), [run.block])
         if searching:
             search = _allocate if recipe.allocation == "greedy" else _choose_branches
-            search(loaded, states, gating, recipe, batches[0])
+            if team.leads:  # it has the first batch, and nothing else is looked at
+                search(loaded, states, gating, recipe, split.batches[0])
+            _take_over(states, gating, team)
         if recipe.sequential:
             gating.policy = Policy("after", recipe.prefix)
-            _settle(run, states, gating, recipe.prefix, batches)
+            _settle(run, states, gating, recipe.prefix, split)
     if not run.last:
-        for rows in batches:
+        for rows in split.batches:
             run.propagate(rows)
     return states
+
+
+def _make_branches(
+    run: Run, states: list[GateState], method: Any, recipe: SparsifyRecipe, split: Split
+) -> None:
+    """Every rank makes the low-rank branches of some gates, and all have all of them."""
+    team = split.team
+    owners = shared_out([sum(w.numel() for w in state.weights) for state in states], team.size)
+    own: dict[str, list[Any]] = {}
+    factors: dict[str, Tensor] = {}
+    for state, owner in zip(states, owners, strict=True):
+        x = _first_tokens(run, state, recipe.prefix, split)
+        if owner == team.rank:
+            at = state.spec.at
+            branch = method.branch(
+                torch.cat(state.weights), state.scale, x, state.histogram, recipe.sparsity, recipe.config
+            )  # fmt: skip
+            own[at] = [branch.sparse_ratio, branch.sparsity, branch.fixed]
+            if branch.up is not None:
+                factors |= {f"{at} up": branch.up, f"{at} down": branch.down}
+    told = {at: said for each in team.gather(own) for at, said in each.items()}
+    factors = team.share(factors, run.hidden.device)
+    for state in states:
+        at = state.spec.at
+        ratio, sparsity, fixed = told[at]
+        up, down = factors.get(f"{at} up"), factors.get(f"{at} down")
+        state.branch = Branch(ratio, sparsity, up, down, fixed)
+        if fixed:
+            state.drop(sparsity)
+
+
+def _first_tokens(run: Run, state: GateState, prefix: int, split: Split) -> Tensor:
+    """[tokens, in]: of the first batches, as many as it takes to have BRANCH_TOKENS, whoever has them."""
+    team, own, found = split.team, iter(state.x), list[Tensor]()
+    for number, part in enumerate(split.parts):
+        for rows in part.batches:
+            if sum(map(len, found)) >= BRANCH_TOKENS:
+                break
+            owner = number % team.size
+            if owner == team.rank:
+                x = next(own).contiguous()
+            else:
+                tokens = (rows.stop - rows.start) * (run.hidden.shape[1] - prefix)
+                shape = (min(tokens, BRANCH_TOKENS), state.scale.numel())
+                x = torch.empty(shape, dtype=run.hidden.dtype, device=state.scale.device)
+            team.send(x, owner)
+            found.append(x)
+    return torch.cat(found)
+
+
+def _take_over(states: list[GateState], gating: Gating, team: Team) -> None:
+    """Set what the first rank's search has found."""
+    found: list[list[Any]] = [
+        [state.share, state.threshold, state.branch is not None, gating.gates[state.spec.at].branched]
+        for state in states
+    ]  # fmt: skip
+    told = team.gather(found)[0]
+    if team.leads:
+        return
+    for state, (share, threshold, kept, branched) in zip(states, told, strict=True):
+        gate = gating.gates[state.spec.at]
+        state.share, state.threshold, gate.branched = share, threshold, bool(branched)
+        state.branch = state.branch if kept else None
+        gate.threshold.copy_(state.tau())
 
 
 def _choose_branches(
@@ -216,27 +279,23 @@ def _block_error(
     return error
 
 
-def _settle(
-    run: Run, states: list[GateState], gating: Gating, prefix: int, batches: list[slice]
-) -> None:
+def _settle(run: Run, states: list[GateState], gating: Gating, prefix: int, split: Split) -> None:
     """Thresholds for what gates see while those before them are shut."""
     for state in states:
         state.histogram = MagnitudeHistogram(state.scale.device)
-    with _observing(run.block, states, prefix, run.hidden.shape[1]):
-        for rows in batches:
-            run.forward(rows)
+    _observe(run, states, prefix, split)
     for state in states:
         state.drop(state.share)
         gating.gates[state.spec.at].threshold.copy_(state.tau())
 
 
 def _prepare(
-    loaded: LoadedBlock, specs: list[GateSpec], recipe: SparsifyRecipe, batches: list[slice]
+    loaded: LoadedBlock, specs: list[GateSpec], recipe: SparsifyRecipe, split: Split
 ) -> list[GateState]:
     method = activation_method(recipe.method)
     assert loaded.run is not None
     companions = {spec.companion for spec in specs if spec.companion}
-    means = _mean_outputs(loaded.run, companions, recipe.prefix, batches) if companions else {}
+    means = _mean_outputs(loaded.run, companions, recipe.prefix, split) if companions else {}
     states = []
     for spec in specs:
         weights = [loaded.tensors[f"{loaded.prefix}{n}.weight"] for n in spec.members]
@@ -248,30 +307,50 @@ def _prepare(
     return states
 
 
-def _mean_outputs(
-    run: Run, names: set[str], prefix: int, batches: list[slice]
-) -> dict[str, Tensor]:
+def _mean_outputs(run: Run, names: set[str], prefix: int, split: Split) -> dict[str, Tensor]:
     """[out] fp32 by linear: the mean magnitude of what it puts out."""
-    sums: dict[str, Tensor] = {}
-    counts = dict.fromkeys(names, 0)
+    length, device = run.hidden.shape[1], run.hidden.device
+    widths = {name: run.block.get_submodule(name).weight.shape[0] for name in sorted(names)}
+    # By part, so that they are added in one order whatever rank has them.
+    sums = {
+        name: torch.zeros(len(split.parts), width, dtype=torch.float64, device=device)
+        for name, width in widths.items()
+    }
+    number = 0
 
     def add(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
         def hook(module: nn.Module, args: Any, out: Tensor) -> None:
-            tokens = _beyond(out, run.hidden.shape[1], prefix)
-            total = tokens.abs().sum(dim=0, dtype=torch.float64)
-            sums[name] = sums.get(name, torch.zeros_like(total)) + total
-            counts[name] += tokens.shape[0]
+            tokens = _beyond(out, length, prefix)
+            sums[name][number] += tokens.abs().sum(dim=0, dtype=torch.float64)
 
         return hook
 
     handles = [run.block.get_submodule(n).register_forward_hook(add(n)) for n in names]
     try:
-        for rows in batches:
-            run.forward(rows)
+        for number, part in split.numbered:  # noqa: B007, the hooks read it
+            for rows in part.batches:
+                run.forward(rows)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: (total / counts[name]).float() for name, total in sums.items()}
+    count = sum(len(part.samples) for part in split.parts) * (length - prefix)
+    means = {}
+    for name, by_part in sums.items():
+        split.team.add(by_part)
+        total = torch.zeros_like(by_part[0])
+        for part_sum in by_part:
+            total += part_sum
+        means[name] = (total / count).float()
+    return means
+
+
+def _observe(run: Run, states: list[GateState], prefix: int, split: Split) -> None:
+    """Add what the gates see in one pass over all ranks' samples to their histograms, which are empty."""
+    with _observing(run.block, states, prefix, run.hidden.shape[1]):
+        for rows in split.batches:
+            run.forward(rows)
+    for state in states:
+        split.team.add(state.histogram.counts)
 
 
 @contextlib.contextmanager

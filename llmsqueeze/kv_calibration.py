@@ -15,6 +15,7 @@ from llmsqueeze.blocks import LoadedBlock, Run
 from llmsqueeze.errors import CalibrationError
 from llmsqueeze.numerics.rope import unrotate
 from llmsqueeze.observe import Attention, observing
+from llmsqueeze.parts import Split
 from llmsqueeze.runtime.positions import rope_of
 from llmsqueeze.runtime.spans import spans
 
@@ -26,8 +27,9 @@ STRIDE = 4
 
 @dataclass
 class Seen:
-    """Of one layer, over all samples: keys before the rotary embedding and some of the values, [samples,
-    heads, tokens, D] each; at, senses: see methods.kvquant.fit_keys, [heads, n] and [heads, n, D]."""
+    """Of one layer, over samples in their order: keys before the rotary embedding and some of the values,
+    [samples, heads, tokens, D] each; at, senses: see methods.kvquant.fit_keys, [heads, n] and [heads, n, D].
+    """
 
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
@@ -79,9 +81,12 @@ def observe_block(
         if not sensing:
             return
         for row in range(keys.shape[0]):
-            generator = torch.Generator().manual_seed(loaded.index << 20 | first + row)
+            sample = first + row
+            if loaded.samples is not None:
+                sample = loaded.samples[sample]
+            generator = torch.Generator().manual_seed(loaded.index << 20 | sample)
             at, senses = _draw(attention, row, turn, sinks, generator)
-            seen.at.append(at + (first + row) * (keys.shape[2] - sinks))
+            seen.at.append(at + sample * (keys.shape[2] - sinks))
             seen.senses.append(senses)
 
     with observing(loaded.model.config, see):
@@ -93,6 +98,43 @@ def observe_block(
             "checkpoint with `llmsqueeze eval`"
         )
     return seen
+
+
+def deal(
+    layers: list[Seen], split: Split, heads: int, width: int, device: torch.device
+) -> Seen | None:
+    """Of some layers, at most one for each rank, all samples of this rank's one; None where there is none.
+
+    layers: of every layer what this rank has seen, of its own samples; empty afterwards.
+    """
+    team, sensing = split.team, any(layer.senses for layer in layers)
+    if team.size == 1:
+        return layers[0]
+    sensing = any(team.gather(sensing))
+    order = [
+        s for rank in range(team.size) for p in split.parts[rank :: team.size] for s in p.samples
+    ]
+    back = torch.tensor(order, device=device).argsort()
+    found = Seen()
+    for name in ("keys", "values", "at", "senses") if sensing else ("keys", "values"):
+        join = torch.cat if name in ("keys", "values") else torch.stack
+        given = [
+            torch.empty(0, dtype=torch.int64 if name == "at" else torch.float32, device=device)
+            for _ in range(team.size)
+        ]
+        for place, layer in enumerate(layers):
+            own: list[Tensor] = getattr(layer, name)
+            if own:
+                given[place] = join(own).flatten()
+                own.clear()
+        dealt = team.deal(given)
+        del given
+        if team.rank >= len(layers):
+            continue
+        shape = (len(order), heads, -1) if name == "at" else (len(order), heads, -1, width)
+        whole = dealt.view(shape)[back]
+        setattr(found, name, [whole] if join is torch.cat else list(whole))
+    return found if team.rank < len(layers) else None
 
 
 def gradients(

@@ -80,6 +80,23 @@ class Split:
         """Of all own parts."""
         return [rows for part in self.own if part for rows in part.batches]
 
+    @property
+    def numbered(self) -> list[tuple[int, Part]]:
+        """Own parts, each with its number among all."""
+        rounds = enumerate(self.own)
+        return [(i * self.team.size + self.team.rank, part) for i, part in rounds if part]
+
+    @property
+    def calls(self) -> list[slice]:
+        """Of all own parts, where there is one; else a batch that shows how blocks are called."""
+        return self.batches or list(self.parts[0].batches[:1])
+
+    def own_tokens(self, tokens: Tensor) -> tuple[Tensor, list[int] | None]:
+        """`tokens` and `samples` as load_blocks takes them, with `calls` as its batches."""
+        if self.team.size == 1:
+            return tokens, None
+        return (tokens[self.samples] if self.samples else tokens[self.calls[0]]), self.samples
+
 
 class Pool:
     """The sums of one input group, part by part. new: makes empty ones; like: [any, in], its inputs' dtype.

@@ -18,6 +18,7 @@ from llmsqueeze.command import (
     checkpoint_options,
     config_options,
     device_option,
+    gpus_option,
     libraries,
     open_checkpoint,
     resume_option,
@@ -153,9 +154,7 @@ or every --save-every steps.
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
 @resume_option
 @device_option
-@click.option("--gpus", type=click.IntRange(min=1), metavar="N", envvar="LLMSQUEEZE_GPUS",
-              help="Share the work among N processes, each with a GPU of its own, or on the CPU with "
-              "--device cpu. The result has the same bytes. torchrun starts them as well.")  # fmt: skip
+@gpus_option
 @checkpoint_options
 @shared
 def prune(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmsqueeze import card, plan
 from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
-from llmsqueeze.blocks import Boundary, cut_batches, load_blocks
+from llmsqueeze.blocks import Boundary, load_blocks
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.compress import (
     BlockDone,
@@ -35,11 +35,12 @@ from llmsqueeze.device import (
 )
 from llmsqueeze.errors import RecipeError, Stopped
 from llmsqueeze.fingerprint import Fingerprint
-from llmsqueeze.kv_calibration import Seen, gradient_places, gradients, observe_block, tables
+from llmsqueeze.kv_calibration import Seen, deal, gradient_places, gradients, observe_block, tables
 from llmsqueeze.kv_recipe import DEFAULT_SEQLEN, KvRecipe
 from llmsqueeze.kv_record import KvRecord
 from llmsqueeze.methods import CALIBRATED_KV, kvquant
 from llmsqueeze.numerics.kv_codecs import Codebook, TokenCodec
+from llmsqueeze.parts import Split, cut_parts
 from llmsqueeze.runtime import load
 from llmsqueeze.runtime.spans import coded_spans
 from llmsqueeze.work import Work
@@ -73,8 +74,8 @@ def quantize_kv(
 ) -> Report:
     """Write a checkpoint with a way to quantise its KV cache to `out`; weights stay as they are.
 
-    work: see compress.prune. Raises RecipeError before any work when the request does not fit the checkpoint
-    or `out`.
+    work: see compress.prune, of its ranks too. Raises RecipeError before any work when the request does not
+    fit the checkpoint or `out`.
     """
     started = time.monotonic()
     check_output(out, overwrite)
@@ -87,15 +88,21 @@ def quantize_kv(
     tokens = None
     dtype = calibration_dtype(recipe.dtype, checkpoint.dtype, device)
     work = work or Work(out, device)
+    team = work.team
+    if team.size > 1 and recipe.method == CALIBRATED_KV and recipe.config.fisher:
+        raise RecipeError(
+            "--fisher takes gradients of the whole model in one process; leave out --gpus"
+        )
     with (
         work,
         worker() as hashing,
-        ArtifactWriter(out, overwrite=overwrite, directory=work.files) as writer,
+        ArtifactWriter(out, overwrite=overwrite, directory=work.files, team=team) as writer,
         exact_matmul(),
     ):
-        source = Fingerprint(checkpoint.identity, hashing)
+        source = Fingerprint(checkpoint.identity if team.leads else (), hashing)
         if recipe.method == CALIBRATED_KV:
-            calibration, windows = plan.calibration_tokens(checkpoint, _resolve(checkpoint, recipe))
+            asked = _resolve(checkpoint, recipe)
+            calibration, windows = team.first(lambda: plan.calibration_tokens(checkpoint, asked))
             recipe = dataclasses.replace(recipe, calibration=calibration)
             described, tokens = windows.describe(), windows.tokens
         work.begin(
@@ -110,13 +117,13 @@ def quantize_kv(
         used = batch = plan.samples_at_once(recipe.batch, tokens, device)
         if tokens is not None:
             found = _gradients(checkpoint, tokens, recipe, record, dtype, device, work, on_gradient)
-            tensors, used = with_smaller_batches(
-                batch,
-                lambda batch: _calibrate(
+
+            def attempt(batch: int) -> tuple[dict[str, Tensor], int]:
+                return _calibrate(
                     checkpoint, tokens, recipe, record, dtype, device, found, work, batch, on_block
-                ),
-                note,
-            )
+                )
+
+            tensors, used = with_smaller_batches(batch, attempt, note, team.size)
         writer.restore(None)
         copy_weights(writer, checkpoint)
         copy_sides(writer, checkpoint, kv_cache=False)
@@ -136,6 +143,7 @@ def quantize_kv(
         manifest = writer.publish(
             checkpoint.config, checkpoint.path, [*checkpoint.steps, step], checkpoint.stored_bytes
         )
+        team.conclude()
     return Report(
         recipe,
         manifest,
@@ -223,35 +231,56 @@ def _calibrate(
     found: of _gradients. batch: samples per forward pass, at most; what it was is the second result.
     """
     samples, length = tokens.shape
+    team, last = work.team, checkpoint.block_count - 1
     trail = work.trail("quantize-kv", checkpoint.block_count)
     tensors: dict[str, Tensor] = dict(trail.found.get("tensors", {}))
     batch = min(batch, trail.found.get("batch", batch))
-    batches = cut_batches(tokens, batch, 0)
+    split = Split.of(cut_parts(tokens, batch, 0), team)
+    tokens, which = split.own_tokens(tokens)
     turns: dict[int, Any] | None = None
+    # What was seen of layers that are still to be fitted: as many as there are ranks, side by side.
+    waiting: dict[int, Seen] = {}
 
     def capture() -> dict[str, Any]:
         return {"tensors": dict(tensors), "batch": batch}
 
     with torch.no_grad():
-        for loaded in load_blocks(checkpoint, tokens, dtype, device, batches, start=trail.start):
+        for loaded in load_blocks(
+            checkpoint, tokens, dtype, device, split.calls, start=trail.start, samples=which
+        ):
             started = time.monotonic()
             if turns is None:
                 turns = tables(loaded.model, length, dtype, device)
             packed = loaded.index in record.layers
             sensing = packed and not recipe.config.plain and not recipe.config.fisher
             turn = turns.get(loaded.index)
-            seen = observe_block(loaded, batches, turn, sinks=record.sinks, sensing=sensing)
+            seen = observe_block(loaded, split.batches, turn, sinks=record.sinks, sensing=sensing)
             if packed:
                 if recipe.config.fisher:
                     senses = found[loaded.index].to(device)
                     places = gradient_places(samples, length - record.sinks, len(senses))
                     seen.at, seen.senses = [places.to(device)], [senses]
-                fitted = _fit(seen, recipe, record)
-                tensors |= {f"{loaded.index}.{name}": t.cpu() for name, t in fitted.items()}
+                waiting[loaded.index] = seen
+            if len(waiting) == team.size or (waiting and loaded.index == last):
+                tensors |= _fit_all(waiting, split, recipe, record, device)
+                waiting = {}
             seconds = time.monotonic() - started
             on_block(BlockDone(loaded.index, checkpoint.block_count, seconds))
-            trail.reached(loaded.after, capture)
+            if not waiting:
+                trail.reached(loaded.after, capture)
     return tensors, batch
+
+
+def _fit_all(
+    waiting: dict[int, Seen], split: Split, recipe: KvRecipe, record: KvRecord, device: torch.device
+) -> dict[str, Tensor]:
+    """The tensors of some layers, each fitted by a rank of its own, on all of them."""
+    seen = deal(list(waiting.values()), split, record.heads, record.width, device)
+    own: dict[str, Tensor] = {}
+    if seen:
+        layer = list(waiting)[split.team.rank]
+        own = {f"{layer}.{name}": t for name, t in _fit(seen, recipe, record).items()}
+    return {name: t.cpu() for name, t in split.team.share(own, device).items()}
 
 
 def _fit(seen: Seen, recipe: KvRecipe, record: KvRecord) -> dict[str, Tensor]:

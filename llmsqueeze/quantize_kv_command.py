@@ -14,12 +14,14 @@ from llmsqueeze.command import (
     calibration_options,
     check_free,
     checkpoint_options,
-    common,
     config_options,
     device_option,
+    gpus_option,
     kv_document,
+    libraries,
     open_checkpoint,
     resume_option,
+    shared,
     took,
     working,
 )
@@ -31,6 +33,7 @@ from llmsqueeze.kv_recipe import (
     DEFAULT_SEQLEN,
     KvRecipe,
 )
+from llmsqueeze.launch import share
 from llmsqueeze.methods import KV_METHODS
 from llmsqueeze.recipe import config_fields
 from llmsqueeze.recipe_file import read_recipe
@@ -59,6 +62,7 @@ Weights stay as they are. `eval` then measures the checkpoint with its cache pac
 `llmsqueeze.kv_cache(model)` makes such a cache for transformers.
 
 {RESUME_HELP} The gradients of --fisher are kept when they are complete.
+With --gpus N it ends after every N blocks.
 """,
 )
 @click.argument("checkpoint")
@@ -81,8 +85,9 @@ Weights stay as they are. `eval` then measures the checkpoint with its cache pac
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
 @resume_option
 @device_option
+@gpus_option
 @checkpoint_options
-@common
+@shared
 def quantize_kv(
     console: Console,
     checkpoint: str,
@@ -91,6 +96,7 @@ def quantize_kv(
     overwrite: bool,
     resume: str,
     device: str,
+    gpus: int | None,
     offline: bool,
     cache_dir: Path,
     **options: Any,
@@ -98,23 +104,28 @@ def quantize_kv(
     raw = read_recipe(recipe_file) if recipe_file else {}
     given = {name: value for name, value in options.items() if value not in (None, ())}
     recipe = build_recipe(raw, given)
+    world = share(console, gpus)
+    libraries(console.verbose)
 
     from llmsqueeze import quantize_kv as library
     from llmsqueeze.allocator import return_freed
     from llmsqueeze.console import facts, size
-    from llmsqueeze.device import choose_device
+    from llmsqueeze.ranks import joined, own_device
     from llmsqueeze.runtime.kv_cache import stored_formats
 
-    check_free(out, overwrite)
     return_freed()
-    where = choose_device(device)
-    opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
-    with console.steps() as progress, working(console, out, where, resume) as work:
-        report = library.quantize_kv(
-            opened, name, out, recipe, where, overwrite=overwrite, work=work, note=console.note,
-            on_block=lambda b: progress("calibrating block", b.index + 1, b.total, f"{b.seconds:.1f} s"),
-            on_gradient=lambda done, total: progress("gradient of sample", done, total, ""),
-        )  # fmt: skip
+    where = own_device(device, world, gpus)
+    with joined(world, where) as team:
+        team.lead(lambda: check_free(out, overwrite))
+        opened, name = team.first(lambda: open_checkpoint(console, checkpoint, offline, cache_dir))
+        with console.steps() as progress, working(console, out, where, resume, team) as work:
+            report = library.quantize_kv(
+                opened, name, out, recipe, where, overwrite=overwrite, work=work, note=console.note,
+                on_block=lambda b: progress(
+                    "calibrating block", b.index + 1, b.total, f"{b.seconds:.1f} s"
+                ),
+                on_gradient=lambda done, total: progress("gradient of sample", done, total, ""),
+            )  # fmt: skip
     from llmsqueeze.checkpoint import Checkpoint
 
     made, record = Checkpoint(out), report.record
@@ -126,6 +137,7 @@ def quantize_kv(
         "bits_per_element": bits,
         "side_bytes": record.file.bytes if record.file else 0,
         "resumed_blocks": report.resumed,
+        "ranks": world.size,
         "seconds": report.seconds,
         "peak_rss_bytes": report.peak_rss_bytes,
         "peak_device_bytes": report.peak_device_bytes,

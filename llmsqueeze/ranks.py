@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -110,6 +110,46 @@ class Team:
             with self._meeting():
                 _all_there(tensor)
                 dist.broadcast(_bytes(tensor), owner)
+
+    def add(self, tensor: Tensor) -> None:
+        """Put the sum of what all ranks have into `tensor`, contiguous, in place. In an order that is not
+        said: for integers, or where no number is other than 0 on more than one rank."""
+        if self.size > 1 and tensor.numel():
+            with self._meeting():
+                _all_there(tensor)
+                dist.all_reduce(tensor)
+
+    def deal(self, given: list[Tensor]) -> Tensor:
+        """What the ranks have given to this one, by rank. given: a flat tensor to each, of one dtype and
+        device."""
+        if self.size == 1:
+            return given[0]
+        counts = [each[self.rank] for each in self.gather([part.numel() for part in given])]
+        flat = torch.cat(given)
+        found = flat.new_empty(sum(counts))
+        item = flat.element_size()
+        with self._meeting():
+            _all_there(flat)
+            dist.all_to_all_single(
+                _bytes(found), _bytes(flat),
+                [count * item for count in counts], [part.numel() * item for part in given],
+            )  # fmt: skip
+        return found
+
+    def share(self, own: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+        """What any rank has, by names that no other has: on all of them, on `device`, by rank."""
+        told: list[dict[str, Any]] = self.gather(
+            {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in own.items()}
+        )
+        found = {}
+        for owner, each in enumerate(told):
+            for name, (shape, dtype) in each.items():
+                if owner == self.rank:
+                    found[name] = own[name].to(device).contiguous()
+                else:
+                    found[name] = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+                self.send(found[name], owner)
+        return found
 
     def slices(self, size: int) -> list[slice]:
         """Numbers of a flat tensor that each rank adds up."""

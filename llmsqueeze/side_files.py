@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from llmsqueeze.errors import CheckpointError
+from llmsqueeze.ranks import ALONE, Team
 from llmsqueeze.shards import (
     ShardRecord,
     StoredTensor,
@@ -25,11 +27,17 @@ from llmsqueeze.shards import (
 _FLOATS = ("F32", "F16", "BF16")
 
 
-def write_side_file(directory: Path, name: str, tensors: Mapping[str, Tensor]) -> ShardRecord:
-    """Write tensors into a checkpoint that is being made."""
+def write_side_file(
+    directory: Path, name: str, tensors: Mapping[str, Tensor], team: Team = ALONE
+) -> ShardRecord:
+    """Write tensors into a checkpoint that is being made. team: ranks that have the same ones; the first one
+    writes them."""
     path = directory / name
-    save_file({key: t.contiguous().cpu() for key, t in tensors.items()}, path)
-    return ShardRecord(path.stat().st_size, hash_file(path), hash_header(path))
+    found: list[Any] = []
+    if team.leads:
+        save_file({key: t.contiguous().cpu() for key, t in tensors.items()}, path)
+        found = [path.stat().st_size, hash_file(path), hash_header(path)]
+    return ShardRecord(*team.gather(found)[0])
 
 
 def open_side_file(

@@ -15,7 +15,7 @@ from torch import Tensor
 from llmsqueeze import card, plan
 from llmsqueeze.activation import ActivationRecord, GateRecord
 from llmsqueeze.artifact import ArtifactWriter, Manifest, check_output
-from llmsqueeze.blocks import cut_batches, find_groups, load_blocks
+from llmsqueeze.blocks import find_groups, load_blocks
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.compress import (
     BlockDone,
@@ -43,6 +43,7 @@ from llmsqueeze.fingerprint import Fingerprint
 from llmsqueeze.gate_calibration import ALREADY_SPARSE, calibrate_block, choose_gates
 from llmsqueeze.methods.greedy import MOST
 from llmsqueeze.numerics.histogram import read_curve
+from llmsqueeze.parts import Split, cut_parts
 from llmsqueeze.policy import Policy
 from llmsqueeze.recipe import Calibration, is_ignored
 from llmsqueeze.rotation import rotate
@@ -81,8 +82,8 @@ def sparsify(
     """Calibrate gates on the weights of a checkpoint and write it with them to `out`.
 
     Weights stay as they are, bit for bit, unless the recipe rotates them or `encode` has them rounded
-    first. work: see compress.prune. Raises RecipeError before any work when the request does not fit the
-    checkpoint or `out`.
+    first. work: see compress.prune, of its ranks too. Raises RecipeError before any work when the request
+    does not fit the checkpoint or `out`.
     """
     started = time.monotonic()
     check_output(out, overwrite)
@@ -94,17 +95,18 @@ def sparsify(
     with (
         work,
         worker() as hashing,
-        ArtifactWriter(out, overwrite=overwrite, directory=work.files) as writer,
+        ArtifactWriter(out, overwrite=overwrite, directory=work.files, team=work.team) as writer,
         exact_matmul(),
         torch.no_grad(),
     ):
-        fingerprint = Fingerprint(checkpoint.identity, hashing)
+        team = work.team
+        fingerprint = Fingerprint(checkpoint.identity if team.leads else (), hashing)
         source = checkpoint
         if encode:
             note_losses(source, note)
             source = EncodedCheckpoint(source, source_name, encode)
         asked = _resolve(checkpoint, recipe)
-        calibration, windows = plan.calibration_tokens(checkpoint, asked)
+        calibration, windows = team.first(lambda: plan.calibration_tokens(checkpoint, asked))
         recipe = dataclasses.replace(recipe, calibration=calibration)
         tokens = windows.tokens
         dtype = calibration_dtype(recipe.dtype, checkpoint.dtype, device)
@@ -120,7 +122,8 @@ def sparsify(
             }
         )
         if recipe.rotate:
-            checkpoint = _rotated(checkpoint, work)
+            plain = checkpoint
+            checkpoint = team.first(lambda: _rotated(plain, work))
             checkpoint = (
                 EncodedCheckpoint(checkpoint, source_name, encode) if encode else checkpoint
             )
@@ -128,13 +131,13 @@ def sparsify(
             checkpoint = source
         watch_peak(device)
         batch = plan.samples_at_once(recipe.batch, tokens, device)
-        found = with_smaller_batches(
-            batch,
-            lambda batch: _calibrate(
+
+        def attempt(batch: int) -> _Found:
+            return _calibrate(
                 checkpoint, tokens, recipe, dtype, device, writer, work, batch, on_block
-            ),
-            note,
-        )
+            )
+
+        found = with_smaller_batches(batch, attempt, note, team.size)
         gates = found.gates
         if not gates:
             raise RecipeError("--ignore leaves nothing to gate")
@@ -152,6 +155,7 @@ def sparsify(
         copy_sides(writer, source, activation=False)  # a rotation changes neither keys nor values
         fingerprint.check()
         manifest = _publish(writer, checkpoint, source_name, step, record)
+        team.conclude()
     sparse = [name for name, gate in gates.items() if gate.zeros >= ALREADY_SPARSE]
     if sparse:
         note(
@@ -212,16 +216,19 @@ def _calibrate(
             "checkpoint": checkpoint.progress(),
         }
 
-    batches = cut_batches(tokens, found.batch, 0)
+    split = Split.of(cut_parts(tokens, found.batch, 0), work.team)
+    tokens, samples = split.own_tokens(tokens)
     groups: dict[tuple[str, ...], list[list[str]]] = {}
-    for loaded in load_blocks(checkpoint, tokens, dtype, device, batches, start=trail.start):
+    for loaded in load_blocks(
+        checkpoint, tokens, dtype, device, split.calls, start=trail.start, samples=samples
+    ):
         started = time.monotonic()
         assert loaded.run is not None
         kind = tuple(loaded.linears)
         if kind not in groups:
-            groups[kind] = find_groups(loaded.run, batches[0], loaded.linears)
+            groups[kind] = find_groups(loaded.run, split.calls[0], loaded.linears)
         specs = choose_gates(loaded, groups[kind], checkpoint.mlp, recipe)
-        for state in calibrate_block(loaded, specs, recipe, batches):
+        for state in calibrate_block(loaded, specs, recipe, split):
             found.gates[loaded.prefix + state.spec.at] = state.record(loaded.prefix)
             found.tensors |= {n: t.cpu() for n, t in state.tensors(loaded.prefix).items()}
         known = checkpoint.site_reports

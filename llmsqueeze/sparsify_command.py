@@ -15,16 +15,19 @@ from llmsqueeze.command import (
     calibration_options,
     check_free,
     checkpoint_options,
-    common,
     config_options,
     device_option,
+    gpus_option,
+    libraries,
     open_checkpoint,
     resume_option,
+    shared,
     took,
     working,
 )
 from llmsqueeze.encode_recipe import ENCODES, EncodeRecipe
 from llmsqueeze.errors import RecipeError
+from llmsqueeze.launch import share
 from llmsqueeze.methods import ACTIVATION_METHODS
 from llmsqueeze.recipe import config_fields
 from llmsqueeze.recipe_file import read_recipe
@@ -102,8 +105,9 @@ named.
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
 @resume_option
 @device_option
+@gpus_option
 @checkpoint_options
-@common
+@shared
 def sparsify(
     console: Console,
     checkpoint: str,
@@ -113,6 +117,7 @@ def sparsify(
     overwrite: bool,
     resume: str,
     device: str,
+    gpus: int | None,
     offline: bool,
     cache_dir: Path,
     **options: Any,
@@ -120,33 +125,46 @@ def sparsify(
     raw = read_recipe(recipe_file) if recipe_file else {}
     given = {name: value for name, value in options.items() if value not in (None, ())}
     recipe = build_recipe(raw, given)
+    world = share(console, gpus)
+    libraries(console.verbose)
 
     from llmsqueeze import sparsify as library
     from llmsqueeze.allocator import return_freed
     from llmsqueeze.checkpoint import Checkpoint
     from llmsqueeze.console import size
-    from llmsqueeze.device import choose_device
+    from llmsqueeze.ranks import joined, own_device
 
-    check_free(out, overwrite)
     return_freed()
-    where = choose_device(device)
-    opened, name = open_checkpoint(console, checkpoint, offline, cache_dir)
-    if opened.activation and not raw and not encode and set(given) <= {"sparsity", "prefill"}:
-        console.note("thresholds come from the stored quantiles; name --method to calibrate again")
-        library.change_sparsity(
-            opened, name, out, recipe.sparsity, given.get("prefill"), overwrite=overwrite
-        )
-        _report(console, opened, Checkpoint(out), checkpoint, {}, {})
-        return
-    with console.steps() as progress, working(console, out, where, resume) as work:
-        report = library.sparsify(
-            opened, name, out, recipe, where, overwrite=overwrite, work=work, note=console.note,
-            encode=EncodeRecipe(encode) if encode else None,
-            on_block=lambda b: progress("calibrating block", b.index + 1, b.total, f"{b.seconds:.1f} s"),
-        )  # fmt: skip
+    where = own_device(device, world, gpus)
+    with joined(world, where) as team:
+        team.lead(lambda: check_free(out, overwrite))
+        opened, name = team.first(lambda: open_checkpoint(console, checkpoint, offline, cache_dir))
+        read_off = opened.activation and not raw and not encode
+        if read_off and set(given) <= {"sparsity", "prefill"}:
+            console.note(
+                "thresholds come from the stored quantiles; name --method to calibrate again"
+            )
+
+            def change() -> None:
+                library.change_sparsity(
+                    opened, name, out, recipe.sparsity, given.get("prefill"), overwrite=overwrite
+                )
+
+            team.lead(change)  # nothing to share
+            _report(console, opened, Checkpoint(out), checkpoint, {}, {})
+            return
+        with console.steps() as progress, working(console, out, where, resume, team) as work:
+            report = library.sparsify(
+                opened, name, out, recipe, where, overwrite=overwrite, work=work, note=console.note,
+                encode=EncodeRecipe(encode) if encode else None,
+                on_block=lambda b: progress(
+                    "calibrating block", b.index + 1, b.total, f"{b.seconds:.1f} s"
+                ),
+            )  # fmt: skip
     document = {
         "already_sparse": report.already_sparse,
         "resumed_blocks": report.resumed,
+        "ranks": world.size,
         "seconds": report.seconds,
         "peak_rss_bytes": report.peak_rss_bytes,
         "peak_device_bytes": report.peak_device_bytes,

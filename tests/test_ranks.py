@@ -327,7 +327,7 @@ def test_other_commands_and_numbers_are_refused_under_torchrun(
     assert launch.world() == World()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
     out = ["-o", tmp_path / "out"]
-    for command in (["sparsify", tiny(), *out], ["quantize-kv", tiny(), *out], ["doctor"]):
+    for command in (["eval", tiny()], ["doctor"]):
         result = cli(*command, "-q")
         assert result.exit_code == 2 and "only `prune`" in result.stderr
     result = cli(*prune, *out, "--gpus", 3)

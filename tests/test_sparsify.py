@@ -15,11 +15,13 @@ from torch import nn
 
 from llmsqueeze.activation import thresholds
 from llmsqueeze.artifact import MANIFEST_NAME
-from llmsqueeze.blocks import cut_batches, find_groups, load_blocks
+from llmsqueeze.blocks import find_groups, load_blocks
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.errors import CheckpointError
 from llmsqueeze.gate_calibration import calibrate_block, choose_gates
+from llmsqueeze.parts import Split, cut_parts
 from llmsqueeze.policy import Policy
+from llmsqueeze.ranks import ALONE
 from llmsqueeze.rotation import rotate
 from llmsqueeze.runtime import load
 from llmsqueeze.runtime.gates import GatedLinear, gating_of
@@ -259,7 +261,8 @@ def test_calibration_matches_hooks_on_the_whole_model(
 def test_sequential_gates_see_what_earlier_gates_leave(tiny: Any) -> None:
     checkpoint = Checkpoint(tiny(dtype="float32"))
     tokens = torch.randint(3, 150, (8, 32), generator=torch.Generator().manual_seed(1))
-    batches = cut_batches(tokens, 4, 0)
+    split = Split.of(cut_parts(tokens, 4, 0), ALONE)
+    batches = split.batches
     for sequential in (False, True):
         recipe = SparsifyRecipe.from_dict(
             {"sparsity": 0.6, "sequential": sequential, "allocation": "uniform"}
@@ -269,7 +272,7 @@ def test_sequential_gates_see_what_earlier_gates_leave(tiny: Any) -> None:
             assert loaded.run is not None
             groups = find_groups(loaded.run, batches[0], loaded.linears)
             specs = choose_gates(loaded, groups, checkpoint.mlp, recipe)
-            for state in calibrate_block(loaded, specs, recipe, batches):
+            for state in calibrate_block(loaded, specs, recipe, split):
                 parts[loaded.prefix + state.spec.at] = (loaded.prefix, state)
         model = load(checkpoint, FP32, CPU)
         from dataclasses import replace
