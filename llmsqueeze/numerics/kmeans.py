@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ class WeightedHistogram:
         # One more bin takes what does not count.
         at = at.clamp_(0, BINS - 1).masked_fill_(outside, BINS).long().flatten()
         for sums, added in ((self.weight, weights), (self.moment, weights * x)):
-            sums += torch.bincount(at, added.double().flatten(), minlength=BINS + 1)[:BINS]
+            sums += _by_bin(at, added.double().flatten())
 
     def merge(self, other: WeightedHistogram) -> None:
         """Add the sums of `other`, which has the same range."""
@@ -38,6 +40,25 @@ class WeightedHistogram:
         weight = self.weight.cpu()
         seen = weight > 0
         return weighted_kmeans(self.moment.cpu()[seen] / weight[seen], weight[seen], count)
+
+
+def _by_bin(at: Tensor, added: Tensor) -> Tensor:
+    """[BINS] fp64: the sums of `added`, [n] fp64, by its bins `at`."""
+    if not added.is_cuda:
+        return torch.bincount(at, added, minlength=BINS + 1)[:BINS]
+    return _by_bin_in_any_order(at, added)
+
+
+def _by_bin_in_any_order(at: Tensor, added: Tensor) -> Tensor:
+    """The same, where additions come in an order that varies, as on a GPU: in whole numbers of a unit that is
+    so small that 62 bits hold their sum."""
+    most = float(added.abs().max()) * len(added) if len(added) else 0.0
+    if not math.isfinite(most):  # which the result is to show
+        return torch.bincount(at, added, minlength=BINS + 1)[:BINS]
+    _, exponent = math.frexp(most)
+    whole = torch.round(torch.ldexp(added, added.new_tensor(62 - exponent))).long()
+    sums = torch.zeros(BINS + 1, dtype=torch.int64, device=added.device).index_add_(0, at, whole)
+    return torch.ldexp(sums[:BINS].double(), added.new_tensor(exponent - 62))
 
 
 def weighted_kmeans(values: Tensor, weights: Tensor, count: int) -> Tensor:

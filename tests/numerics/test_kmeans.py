@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from llmsqueeze.numerics import kmeans
 from llmsqueeze.numerics.codebook import normal_codebook
 from llmsqueeze.numerics.kmeans import BINS, WeightedHistogram, weighted_kmeans
 
@@ -96,3 +97,21 @@ def test_histograms_of_parts_add_up_to_that_of_the_whole() -> None:
     assert cost(values[inside], weights[inside], found) == pytest.approx(
         cost(values[inside], weights[inside], exact), rel=1e-3
     )
+
+
+@pytest.mark.parametrize("size", [0, 1, 5000])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_sums_by_bin_are_the_same_in_any_order(size: int, scale: float) -> None:
+    """As they must be on a GPU, which adds in an order that varies."""
+    at = torch.randint(0, kmeans.BINS + 1, (size,))
+    added = torch.randn(size, dtype=torch.float64) * scale
+    found = kmeans._by_bin_in_any_order(at, added)
+    expected = torch.bincount(at, added, minlength=kmeans.BINS + 1)[: kmeans.BINS]
+    assert torch.allclose(found, expected.double(), rtol=0, atol=1e-12 * scale)
+    for _ in range(3):
+        order = torch.randperm(size)
+        assert torch.equal(kmeans._by_bin_in_any_order(at[order], added[order]), found)
+    if size:
+        added[0] = torch.nan
+        broken = kmeans._by_bin_in_any_order(at, added)
+        assert int(at[0]) == kmeans.BINS or bool(broken[at[0]].isnan())
