@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llmsqueeze.checkpoint import Checkpoint, place
 from llmsqueeze.device import beside
-from llmsqueeze.errors import CalibrationError
+from llmsqueeze.errors import CalibrationError, CheckpointError
 from llmsqueeze.experts import call_all
 from llmsqueeze.parking import ON_DEVICE, Parked, Parking
 from llmsqueeze.streams import Stream
@@ -92,17 +92,25 @@ class Boundary:
     others: tuple[Boundary, ...] = ()
 
     def restore(self, hidden: list[Tensor | Parked], samples: list[int]) -> None:
-        """Put the activations of these samples, one tensor each of the walk and of a twin, in place."""
-        for piece in (self, *self.others):
+        """Put the activations of these samples, one tensor each of the walk and of a twin, in place.
+
+        CheckpointError where those of some are missing.
+        """
+        missing = set(samples)
+        pieces = [piece for piece in (self, *self.others) if piece.activations]
+        for piece in pieces:
+            known = range(len(piece.activations[0])) if piece.samples is None else piece.samples
+            place = {sample: i for i, sample in enumerate(known)}
+            missing -= place.keys()
             for ours, kept in zip(hidden, piece.activations, strict=False):
-                found = kept.cpu()  # where a state has them
-                if piece.samples is None or list(piece.samples) == samples:
-                    ours.copy_(found[samples] if piece.samples is None else found)
-                    continue
-                place = {sample: i for i, sample in enumerate(piece.samples)}
+                found = kept.cpu()  # where a state has them: mapped, so one sample at a time
                 for i, sample in enumerate(samples):
                     if sample in place:
                         ours[i] = found[place[sample]]
+        if pieces and missing:
+            raise CheckpointError(
+                f"the state lacks what sample {min(missing)} came to; pass --resume never to start anew"
+            )
 
 
 BEGINNING = Boundary()

@@ -59,9 +59,10 @@ def evaluation_dtype(name: str, stored: torch.dtype, device: torch.device) -> to
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether a device or the host had no memory left; torch has an error of its own for devices only."""
-    return isinstance(
-        error, torch.OutOfMemoryError | MemoryError
-    ) or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "CUDA error: out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        text in str(error) for text in said
+    )
 
 
 def with_smaller_batches(

@@ -116,8 +116,10 @@ def _start(rank: int, size: int, meeting: Path, watched: int) -> subprocess.Pope
         LAUNCHER: str(watched),
     }
     # In sessions of their own: a terminal's Ctrl-C comes by way of this process, once.
+    # Modules are found where this process finds them: `-m` would look into the current directory first.
+    begin = f"import sys; sys.path[:] = {sys.path!r}; sys.argv[0] = {sys.argv[0]!r}; "
     return subprocess.Popen(
-        [sys.executable, "-m", "llmsqueeze", *sys.argv[1:]],
+        [sys.executable, "-c", begin + "from llmsqueeze.cli import main; main()", *sys.argv[1:]],
         env=environment,
         stdin=subprocess.DEVNULL,
         pass_fds=[watched],
@@ -125,9 +127,10 @@ def _start(rank: int, size: int, meeting: Path, watched: int) -> subprocess.Pope
     )
 
 
-def _await(console: Console, ranks: list[subprocess.Popen[bytes]]) -> str:
-    """Until all have ended, the last ones made to; which was the first that was killed, and how."""
-    until, lost = float("inf"), ""
+def _await(console: Console, ranks: list[subprocess.Popen[bytes]]) -> tuple[str, int]:
+    """Until all have ended, the last ones made to. Which was the first that was killed, and how; the exit
+    code of the first that failed, if that came before."""
+    until, lost, code, made_to = float("inf"), "", 0, False
     failed: set[int] = set()
     while True:
         going = any([rank.poll() is None for rank in ranks])
@@ -135,20 +138,23 @@ def _await(console: Console, ranks: list[subprocess.Popen[bytes]]) -> str:
             if rank.returncode and number not in failed:
                 failed.add(number)
                 until = min(until, time.monotonic() + GRACE_SECONDS)
-                if rank.returncode < 0 and not lost:
+                if rank.returncode < 0 and not lost and not made_to:
                     name = signal.Signals(-rank.returncode).name
-                    lost = f"rank {number} of {len(ranks)} was ended by {name}"
+                    lost, code = f"rank {number} of {len(ranks)} was ended by {name}", 0
                     console.note(lost)
+                elif rank.returncode > 0 and not code and not lost:
+                    code = rank.returncode
         if not going:
-            return lost
+            return lost, code
         if time.monotonic() > until:
+            made_to = True
             for rank in ranks:
                 rank.kill()
         time.sleep(POLL_SECONDS)
 
 
 def _conclude(
-    console: Console, ranks: list[subprocess.Popen[bytes]], lost: str, asked: list[int]
+    console: Console, ranks: list[subprocess.Popen[bytes]], ended: tuple[str, int], asked: list[int]
 ) -> int:
     """The first rank's exit code; where that could not say why it ended, it is said here."""
     code = ranks[0].returncode
@@ -157,6 +163,14 @@ def _conclude(
     if asked:
         console.error("interrupted; nothing was published", 128 + asked[0])
         return 128 + asked[0]
+    lost, failed = ended
+    if failed:  # before the ranks met, or the first one would have heard of it
+        console.error(
+            f"one of {len(ranks)} ranks failed before it met the others; without --gpus, or with fewer, the "
+            "run says why",
+            failed,
+        )
+        return failed
     lost = lost or f"rank 0 of {len(ranks)} was ended by {signal.Signals(-code).name}"
     console.error(
         f"{lost}; the same command goes on from the last state that was kept", RankLost.exit_code

@@ -35,7 +35,8 @@ class Parked:
         self.shape, self.dtype, self.device, self._folder = torch.Size(shape), dtype, device, folder
         self._file: int | None = None
         if folder is None:
-            self._held = torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+            # Not pinned: of that a system may have little, and torch takes powers of two.
+            self._held = torch.empty(shape, dtype=dtype)
         else:
             self._keep(_unnamed(folder, self.nbytes))
 
@@ -85,8 +86,10 @@ class Parked:
         if self._file is None:
             return self._held.clone()
         file = self._copied()
-        mapped = mmap.mmap(file, self.nbytes, access=mmap.ACCESS_COPY)
-        os.close(file)
+        try:
+            mapped = mmap.mmap(file, self.nbytes, access=mmap.ACCESS_COPY)
+        finally:
+            os.close(file)
         return torch.frombuffer(mapped, dtype=self.dtype).view(self.shape)
 
     def _keep(self, file: int) -> None:
@@ -100,10 +103,14 @@ class Parked:
     def _copied(self) -> int:
         assert self._file is not None and self._folder is not None
         file = _unnamed(self._folder, self.nbytes)
-        for row in range(len(self)):
-            part = torch.empty(self.shape[1:], dtype=self.dtype)
-            _read(self._file, part, row * self._row)
-            _write(file, part, row * self._row)
+        try:
+            for row in range(len(self)):
+                part = torch.empty(self.shape[1:], dtype=self.dtype)
+                _read(self._file, part, row * self._row)
+                _write(file, part, row * self._row)
+        except BaseException:
+            os.close(file)
+            raise
         return file
 
 
@@ -130,7 +137,10 @@ ON_DEVICE = Parking()
 
 
 def _unnamed(folder: Path, size: int) -> int:
-    file, name = tempfile.mkstemp(dir=folder)
+    try:
+        file, name = tempfile.mkstemp(dir=folder)
+    except OSError as error:
+        raise _refused(error, f" in {folder}") from error
     try:
         os.unlink(name)
         if hasattr(os, "posix_fallocate"):  # there is room for all of it, or it is known now

@@ -150,7 +150,7 @@ or every --save-every steps.
 @click.option("--activations", type=click.Choice(("device", "host", "disk")),
               default="device", show_default=True,
               help="Where calibration activations wait between blocks; disk: beside OUT. With --order block "
-              "nothing else grows with --samples. The result has the same bytes.")  # fmt: skip
+              "little else grows with --samples. The result has the same bytes.")  # fmt: skip
 @click.option("--overwrite", is_flag=True, help="Replace a checkpoint that stands at OUT.")
 @resume_option
 @device_option

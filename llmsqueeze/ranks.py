@@ -36,8 +36,9 @@ from llmsqueeze.world import World
 
 T = TypeVar("T")
 
-# A rank that is gone is noticed by its connections; this is for machines that can no longer be reached.
-TIMEOUT = datetime.timedelta(hours=1)
+# A rank that is gone is noticed by its connections; this is for machines that can no longer be reached, and
+# longer than the first one may take to fetch a model while the others wait.
+TIMEOUT = datetime.timedelta(days=3)
 # How long the first rank waits for the others to let go of files that it is about to remove.
 LEAVE_SECONDS = 5.0
 FAILED, LEFT = "failed", "left-{}"

@@ -22,7 +22,8 @@ import pytest
 import torch
 
 from llmsqueeze import launch, ranks
-from llmsqueeze.errors import RecipeError
+from llmsqueeze.blocks import BEGINNING, Boundary
+from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.numerics.stats import InputStats
 from llmsqueeze.parts import Pool, Split, cut_parts
 from llmsqueeze.ranks import Team, own_device, shared_out
@@ -458,3 +459,52 @@ def test_tasks_are_shared_out_evenly() -> None:
     owners = shared_out(costs, 4)
     loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == rank) for rank in range(4)]
     assert max(loads) - min(loads) <= max(costs)
+
+
+def test_a_state_of_one_process_is_dealt_out() -> None:
+    """Also to a rank that has no sample: there may be fewer parts than ranks."""
+    x = torch.randn(4, 3, 2)
+    whole, parts = (
+        Boundary(1, (x,)),
+        Boundary(1, (x[:3],), (0, 1, 2), (Boundary(1, (x[3:],), (3,)),)),
+    )
+    for boundary in (whole, parts):
+        for samples in ([], [2, 0], [0, 1, 2, 3]):
+            ours = torch.full((max(len(samples), 1), 3, 2), -1.0)
+            boundary.restore([ours], samples)
+            assert torch.equal(ours, x[samples] if samples else torch.full((1, 3, 2), -1.0))
+    BEGINNING.restore([torch.zeros(2, 3, 2)], [0, 1])
+    with pytest.raises(CheckpointError, match="sample 3"):
+        Boundary(1, (x[:3],), (0, 1, 2)).restore([torch.zeros(2, 3, 2)], [1, 3])
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [((0, 0), 0), ((70, 0), 70), ((-9, 4), 4), ((-9, -15), 75), ((75, -9), 75), ((3, 3), 3)],
+)
+def test_the_exit_code_is_that_of_what_went_wrong_first(
+    codes: tuple[int, int], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By rank. One that is left alone is made to end, which is no news."""
+
+    class Ended:
+        def __init__(self, code: int) -> None:
+            self.code, self.returncode, self.killed = code, None, False
+
+        def poll(self) -> int | None:
+            if self.returncode is None and (self.killed or self.code != -signal.SIGKILL):
+                self.returncode = self.code
+            return self.returncode
+
+        def kill(self) -> None:
+            self.killed = True
+
+    class Quiet:
+        def note(self, message: str) -> None: ...
+        def error(self, message: str, code: int) -> None: ...
+
+    monkeypatch.setattr(launch, "GRACE_SECONDS", 0.05)
+    ranks: Any = [Ended(code) for code in codes]
+    console: Any = Quiet()
+    ended = launch._await(console, ranks)
+    assert launch._conclude(console, ranks, ended, []) == expected
