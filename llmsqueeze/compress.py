@@ -223,7 +223,7 @@ class Pruning:
         watch_peak(device)
         if self._tokens is not None:
             size = self.work.team.size
-            share = self._tokens[: -(-len(self._tokens) // size)]
+            share = plan.largest_share(self._tokens, self.batch, self.recipe, size)
             needed = plan.memory_estimate(checkpoint, self.recipe, share, self._dtype, device,
                 parked=self._parking.elsewhere(device),
             )  # fmt: skip

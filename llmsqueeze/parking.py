@@ -69,10 +69,6 @@ class Parked:
                 rows.indices(len(self))[0] * self._row,
             )
 
-    def copy_(self, x: Tensor) -> None:
-        for row in range(len(self)):
-            self[row] = x[row]
-
     def clone(self) -> Parked:
         twin = copy.copy(self)
         if self._file is None:

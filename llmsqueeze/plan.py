@@ -18,6 +18,7 @@ from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.methods import allocation_method
 from llmsqueeze.methods.base import Target
 from llmsqueeze.parking import ON_DEVICE, Parking
+from llmsqueeze.parts import cut_parts
 from llmsqueeze.ranks import ALONE, Team
 from llmsqueeze.recipe import Calibration, PruneRecipe, allocation_needs, is_ignored
 from llmsqueeze.work import Trail
@@ -76,6 +77,12 @@ def held_out_samples(recipe: PruneRecipe) -> int:
     """Calibration samples that a refit is judged on instead of fitted to: an eighth, at least one."""
     samples = recipe.calibration.samples
     return max(1, samples // 8) if recipe.refit != "none" and samples > 1 else 0
+
+
+def largest_share(tokens: Tensor, batch: int, recipe: PruneRecipe, ranks: int) -> Tensor:
+    """As many samples as the rank has that has most: parts of them go round whole."""
+    parts = cut_parts(tokens, batch, held_out_samples(recipe))
+    return tokens[: max(sum(len(p.samples) for p in parts[i::ranks]) for i in range(ranks))]
 
 
 def memory_estimate(

@@ -197,6 +197,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
         "footprint",
         "methods",
         "parking",
+        "parts",
         "ranks",
         "recipe",
         "work",

@@ -40,7 +40,7 @@ def test_what_is_put_there_comes_back(tmp_path: Path, dtype: torch.dtype, disk: 
     before, twin = parked.cpu(), parked.clone()
     parked[1:2] = torch.zeros(1, *SHAPE[1:])
     assert torch.equal(before, x) and torch.equal(twin[0:5], x)
-    twin.copy_(x.flip(0))
+    twin[0:5] = x.flip(0)
     assert torch.equal(twin[0:5], x.flip(0)) and torch.equal(parked[2:5], x[2:5])
     parked[0:1].zero_()  # a copy
     assert torch.equal(parked[0:1], x[0:1])

@@ -26,7 +26,9 @@ from llmsqueeze.blocks import BEGINNING, Boundary
 from llmsqueeze.errors import CheckpointError, RecipeError
 from llmsqueeze.numerics.stats import InputStats
 from llmsqueeze.parts import Pool, Split, cut_parts
+from llmsqueeze.plan import largest_share
 from llmsqueeze.ranks import Team, own_device, shared_out
+from llmsqueeze.recipe import PruneRecipe
 from llmsqueeze.world import World
 from tests.test_resume import Spawner, contents
 
@@ -459,6 +461,18 @@ def test_tasks_are_shared_out_evenly() -> None:
     owners = shared_out(costs, 4)
     loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == rank) for rank in range(4)]
     assert max(loads) - min(loads) <= max(costs)
+
+
+@pytest.mark.parametrize(
+    ("batch", "ranks", "expected"), [(2, 1, 32), (2, 3, 12), (16, 4, 16), (32, 4, 32)]
+)
+def test_what_a_rank_holds_is_known_before(batch: int, ranks: int, expected: int) -> None:
+    recipe = PruneRecipe.from_dict({"method": "wanda", "calibration": {"samples": 32}})
+    tokens = torch.zeros(32, 8, dtype=torch.int64)
+    found = len(largest_share(tokens, batch, recipe, ranks))
+    parts = cut_parts(tokens, batch, 0)
+    assert found == expected
+    assert found == max(len(Split.of(parts, Team(rank, ranks)).samples) for rank in range(ranks))
 
 
 def test_a_state_of_one_process_is_dealt_out() -> None:
