@@ -314,6 +314,7 @@ class ArtifactWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._shards.close()
         if self._given is None:
             shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -350,7 +351,7 @@ class ArtifactWriter:
             self._shards.add(f"{stored}.weight", weight)
         dense_bytes = weight.numel() * weight.element_size()
         packed_bytes = sum(tensor.numel() * tensor.element_size() for tensor in parts.values())
-        record = SiteRecord(
+        self._sites[site] = record = SiteRecord(
             shape=(rows, columns),
             dtype=str(weight.dtype).removeprefix("torch."),
             encoding=encoding,
@@ -359,7 +360,6 @@ class ArtifactWriter:
             bytes_after=packed_bytes or dense_bytes,
             report=report,
         )
-        self._sites[site] = record
         return record
 
     def add_activation(
@@ -384,7 +384,7 @@ class ArtifactWriter:
     def publish(
         self, config: dict[str, Any], source: Path, steps: list[dict[str, Any]], bytes_before: int
     ) -> Manifest:
-        """Finish the files; the first rank renames the directory to OUT. config: the source's config.json."""
+        """Finish the files; the first rank renames the directory to OUT. config: the source's."""
         manifest = Manifest(
             format=self._format,
             sites=self._sites,

@@ -13,7 +13,9 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -186,10 +188,12 @@ def _value(handle: Any, tensor: StoredTensor) -> Tensor:
 
 def hash_file(file: Path) -> str:
     """sha256 of the whole file, hex."""
+    # One buffer again and again: fresh ones would be cleared by the system first, all 8 GB of a large file.
+    chunk = memoryview(bytearray(2**20))
     with _readable(file) as stream:
         digest = hashlib.sha256()
-        while chunk := stream.read(8 * 2**20):
-            digest.update(chunk)
+        while size := stream.readinto(chunk):
+            digest.update(chunk[:size])
     return digest.hexdigest()
 
 
@@ -204,8 +208,9 @@ def hash_header(file: Path) -> str:
 class ShardWriter:
     """Writes tensors into a directory as a standard sharded checkpoint.
 
-    Tensors are buffered until SHARD_BYTES and written in the order they were added; finish() gives
-    the shards their final names and writes the index.
+    Tensors are buffered until SHARD_BYTES and written in the order they were added, and hashed beside;
+    finish() gives the shards their final names and writes the index. After a failure, close() ends the
+    hashing.
 
     team: ranks that add the same tensors. They write the shards in turns, and hold of the others' no data.
     """
@@ -217,6 +222,8 @@ class ShardWriter:
         self._parts: list[list[str]] = []
         self._names: set[str] = set()
         self._synced = 0  # parts that the disk is known to have
+        self._hashing = ThreadPoolExecutor(max_workers=1)
+        self._hashes: dict[int, Future[str]] = {}
         self.total_bytes = 0
 
     def add(self, name: str, tensor: Tensor, make: Callable[[], Tensor] | None = None) -> None:
@@ -246,11 +253,14 @@ class ShardWriter:
         ]
         if count == 1:
             finals = [STANDARD_NAME]
+        # Before any is renamed: they are hashed under the names that they have now.
+        hashes = {number: hashed.result() for number, hashed in self._hashes.items()}
+        self.close()
         own: dict[str, Any] = {}
         for number, final in enumerate(finals, start=1):
             if self._owns(number):
                 path = self._part(number).rename(self._directory / final)
-                own[final] = [path.stat().st_size, hash_file(path), hash_header(path)]
+                own[final] = [path.stat().st_size, hashes[number], hash_header(path)]
         found = {name: raw for each in self._team.gather(own) for name, raw in each.items()}
         if count > 1 and self._team.leads:
             named = zip(finals, self._parts, strict=True)
@@ -259,6 +269,10 @@ class ShardWriter:
             text = json.dumps(index, indent=2, sort_keys=True) + "\n"
             (self._directory / "model.safetensors.index.json").write_text(text)
         return {final: ShardRecord(*found[final]) for final in finals}
+
+    def close(self) -> None:
+        """Hash no more."""
+        self._hashing.shutdown(cancel_futures=True)
 
     def snapshot(self) -> dict[str, Any]:
         """What restore() goes on from. "pending": tensors that no file has yet; others are on the disk. On
@@ -289,6 +303,9 @@ class ShardWriter:
         self.total_bytes = found["total_bytes"] if found else 0
         self._synced = len(self._parts)
         self._team.lead(self._tidy)
+        self._hashes = {}
+        for number in range(1, len(self._parts) + 1):
+            self._hash(number)
 
     def _tidy(self) -> None:
         """Leave the parts that are known in the directory, and nothing else."""
@@ -310,6 +327,10 @@ class ShardWriter:
         """Whether this rank writes the part; the first one the first, which every model has."""
         return (number - 1) % self._team.size == self._team.rank
 
+    def _hash(self, number: int) -> None:
+        if self._owns(number):
+            self._hashes[number] = self._hashing.submit(hash_file, self._part(number))
+
     def _part(self, number: int) -> Path:
         return self._directory / f"part-{number:05d}.safetensors"
 
@@ -327,6 +348,7 @@ class ShardWriter:
             raise ResourceError(
                 f"no space left to write {self._directory.parent} ({error}); nothing was published"
             ) from error
+        self._hash(number)
         self._pending = {}
         self._pending_bytes = 0
 
@@ -340,7 +362,7 @@ def _open(file: Path) -> safe_open:
         raise CheckpointError(f"{file}: not a valid safetensors file ({error})") from error
 
 
-def _readable(file: Path) -> BinaryIO:
+def _readable(file: Path) -> BufferedReader:
     try:
         untrusted.check_file(file)
         return file.open("rb")

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmsqueeze import native
+
 # The integer type that shows the bits of a float of so many bytes.
 INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 INT32_MAX = 2**31 - 1
@@ -27,14 +29,27 @@ def pack_bitmask(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if weight.numel() > INT32_MAX:
         raise ValueError(f"a matrix of {weight.numel()} weights exceeds int32 row offsets")
     weight = weight.detach().cpu().contiguous()
-    # numpy packs and compacts several times faster than torch's masked_select.
-    bits = weight.view(INT_OF_SIZE[weight.element_size()]).numpy()
-    present = bits != 0
-    mask = torch.from_numpy(np.packbits(present, axis=1, bitorder="little"))
-    row_offsets = np.zeros(rows + 1, dtype=np.int32)
-    np.cumsum(np.count_nonzero(present, axis=1), out=row_offsets[1:])
-    values = torch.from_numpy(np.compress(present.reshape(-1), bits.reshape(-1)))
-    return values.view(weight.dtype), mask, torch.from_numpy(row_offsets)
+    bits = weight.view(INT_OF_SIZE[weight.element_size()])
+    row_offsets = torch.zeros(rows + 1, dtype=torch.int32)
+    loaded = native.library()
+    if loaded is None:
+        # numpy packs and compacts several times faster than torch's masked_select.
+        present = bits.numpy() != 0
+        mask = torch.from_numpy(np.packbits(present, axis=1, bitorder="little"))
+        np.cumsum(np.count_nonzero(present, axis=1), out=row_offsets[1:].numpy())
+        values = torch.from_numpy(np.compress(present.reshape(-1), bits.numpy().reshape(-1)))
+    else:
+        columns = bits.shape[1]
+        shape = (rows, columns, bits.element_size(), torch.get_num_threads())
+        mask = torch.empty(rows, -(-columns // 8), dtype=torch.uint8)
+        counts = row_offsets[1:]
+        loaded.llmsqueeze_bitmask_find(bits.data_ptr(), mask.data_ptr(), counts.data_ptr(), *shape)
+        torch.cumsum(counts.clone(), 0, out=counts)
+        values = torch.empty(int(row_offsets[-1]), dtype=bits.dtype)
+        loaded.llmsqueeze_bitmask_take(
+            bits.data_ptr(), mask.data_ptr(), row_offsets.data_ptr(), values.data_ptr(), *shape
+        )
+    return values.view(weight.dtype), mask, row_offsets
 
 
 def dense_tiles(mask: np.ndarray, size: int) -> np.ndarray:

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from llmsqueeze import ops
-from llmsqueeze.errors import EnvironmentFault
+from llmsqueeze.native import library as library  # of others too: whether there is one
 from llmsqueeze.numerics import int8, kv_tiles
 from llmsqueeze.ops import layer, packed_attention
 from llmsqueeze.ops.scratch import scratch
@@ -29,36 +28,6 @@ WIDE_TOKENS = {torch.bfloat16: 8, torch.float16: 8, torch.float32: 16}
 AMX_TOKENS = {**WIDE_TOKENS, torch.bfloat16: 32}
 # The same behind a gate: more rows would keep different inputs.
 GATED_TOKENS = 2
-
-
-@functools.cache
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None if they were not built. EnvironmentFault if another version's."""
-    found = sorted(Path(__file__).parent.parent.glob("_bitmask.*"))
-    if not found:
-        return None
-    loaded = ctypes.CDLL(str(found[0]))
-    pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    for name, arguments in {
-        "linears": [pointer, size, pointer, ctypes.c_float] + [pointer] * 4
-        + [size] * 2 + [number] * 4,
-        "attend": [pointer] * 6 + [size, pointer] + [size] * 5 + [ctypes.c_float] + [number] * 3,
-        "rotate": [pointer, size, pointer, pointer, size, pointer] + [size] * 3,
-        "bitmask_expand": [pointer] * 4 + [size] * 3 + [number] * 4,
-        "gated_linear": [pointer, size, pointer, size] + [pointer] * 4 + [size] * 3 + [number] * 3,
-        "gated_bitmask_linear": [pointer] * 3 + [size, pointer, size] + [pointer] * 3
-        + [size] * 3 + [number] * 3,
-        "kv_attend": [pointer, pointer, size] + [pointer] * 9 + [size] * 6
-        + [ctypes.c_float] * 2 + [number] * 3,
-        "kv_append": [pointer] * 3 + [size] + [pointer] * 10 + [size] * 5 + [number],
-    }.items():  # fmt: skip
-        function = getattr(loaded, f"llmsqueeze_{name}", None)
-        if function is None:
-            raise EnvironmentFault(
-                f"{found[0].name} was built by another version of llmsqueeze; install it again"
-            )
-        function.argtypes, function.restype = arguments, None
-    return loaded
 
 
 def instructions() -> str | None:

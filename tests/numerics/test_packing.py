@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from llmsqueeze import native
 from llmsqueeze.numerics.packing import INT_OF_SIZE, pack_bitmask, unpack_bitmask
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -43,6 +44,24 @@ def test_round_trip_is_bit_exact(weight: Tensor) -> None:
     rows, columns = weight.shape
     held = int((bits_of(weight) != 0).sum()) * weight.element_size()
     assert size == held + rows * -(-columns // 8) + 4 * (rows + 1)
+
+
+@pytest.mark.skipif(native.library() is None, reason="nothing was built")
+@given(weight=matrices(), threads=st.integers(1, 3))
+@settings(max_examples=300, deadline=None)
+def test_the_library_packs_as_numpy_does(weight: Tensor, threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = pack_bitmask(weight)
+    finally:
+        torch.set_num_threads(before)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        expected = pack_bitmask(weight)
+    assert [(t.dtype, t.shape) for t in found] == [(t.dtype, t.shape) for t in expected]
+    assert torch.equal(bits_of(found[0]), bits_of(expected[0]))
+    assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
 
 
 @given(matrices())
