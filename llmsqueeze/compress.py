@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 
-from llmsqueeze import __version__, card, plan
+from llmsqueeze import card, plan
 from llmsqueeze.artifact import ArtifactWriter, Manifest, assets, check_output
 from llmsqueeze.blocks import BEGINNING, Boundary
 from llmsqueeze.calibrate import BlockStep, Site, walk
 from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.computing import computing, versions
 from llmsqueeze.device import (
     beside,
     calibration_dtype,
@@ -267,13 +267,13 @@ class Pruning:
             for group in block.groups:
                 sites = [site for site in group if site.name in targets]
                 reports |= self._prune_group(block, sites, targets)
-            tensors = {name: tensor.cpu() for name, tensor in block.tensors.items()}
-            block.tensors.clear()  # from here on they are the caller's alone
             for name in reports:
-                if not torch.isfinite(tensors[f"{name}.weight"]).all():
+                if not torch.isfinite(block.tensors[f"{name}.weight"]).all():
                     raise CalibrationError(
                         f"pruning made NaN or Inf of {name}; try --dtype float32, or another --method"
                     )
+            tensors = {name: tensor.cpu() for name, tensor in block.tensors.items()}
+            block.tensors.clear()  # from here on they are the caller's alone
             seconds = time.monotonic() - started
             yield PrunedBlock(block.index, tensors, reports, seconds, block.after)
 
@@ -479,22 +479,3 @@ def rss_bytes() -> int:
 def peak_device_bytes(device: torch.device) -> int | None:
     """Highest memory allocated by tensors on an accelerator; None on a CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def computing(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """What a run that goes on must have in common with the one that began, whatever its recipe."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return {
-        "compute_dtype": str(dtype).removeprefix("torch."),
-        "device": name,
-        "versions": versions(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of everything that a result depends on."""
-    return {
-        "llmsqueeze": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }

@@ -18,8 +18,8 @@ from llmsqueeze.compress import (
     check_not_inside,
     copy_weights,
     note_losses,
-    versions,
 )
+from llmsqueeze.computing import versions
 from llmsqueeze.encode_recipe import EncodeRecipe
 from llmsqueeze.numerics import int8
 from llmsqueeze.shards import hash_file

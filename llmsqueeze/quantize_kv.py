@@ -19,13 +19,12 @@ from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.compress import (
     BlockDone,
     check_not_inside,
-    computing,
     copy_sides,
     copy_weights,
     peak_device_bytes,
     peak_rss_bytes,
-    versions,
 )
+from llmsqueeze.computing import computing, versions
 from llmsqueeze.device import (
     calibration_dtype,
     exact_matmul,

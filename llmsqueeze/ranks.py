@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from llmsqueeze import errors
+from llmsqueeze.computing import computer
 from llmsqueeze.device import choose_device, out_of_memory
 from llmsqueeze.errors import (
     EnvironmentFault,
@@ -260,7 +261,7 @@ def own_device(name: str, world: World, gpus: int | None) -> torch.device:
 
 @contextlib.contextmanager
 def joined(world: World, device: torch.device) -> Iterator[Team]:
-    """This process as one of `world`. device: of its tensors."""
+    """This process as one of `world`. device: of its tensors. EnvironmentFault where ranks' are unlike."""
     if world.size == 1:
         yield ALONE
         return
@@ -268,6 +269,7 @@ def joined(world: World, device: torch.device) -> Iterator[Team]:
         raise EnvironmentFault("this torch was built without torch.distributed; use one GPU")
     team = _meet(world, device)
     try:
+        _check_alike(team.gather(computer(device)))
         yield team
         dist.destroy_process_group()
     except BaseException as error:
@@ -303,6 +305,17 @@ def _meet(world: World, device: torch.device) -> Team:
         reason = str(error).splitlines()[0]
         raise RankLost(f"the ranks do not find each other ({reason}); start again") from error
     return Team(world.rank, world.size, dist.PrefixStore("said", store))
+
+
+def _check_alike(computers: list[dict[str, str]]) -> None:
+    """Or the result would depend on which rank does what."""
+    for rank, found in enumerate(computers):
+        for name, value in found.items():
+            if value != computers[0][name]:
+                raise EnvironmentFault(
+                    f"rank {rank} has {name} {value}, rank 0 {computers[0][name]}; results depend on it: let "
+                    "ranks be alike"
+                )
 
 
 def _heard(told: dict[str, Any]) -> Exception:

@@ -20,15 +20,14 @@ from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.compress import (
     BlockDone,
     check_not_inside,
-    computing,
     copy_sides,
     copy_weights,
     note_losses,
     peak_device_bytes,
     peak_rss_bytes,
     store_block,
-    versions,
 )
+from llmsqueeze.computing import computing, versions
 from llmsqueeze.device import (
     calibration_dtype,
     exact_matmul,

@@ -16,7 +16,8 @@ import torch
 
 from llmsqueeze.artifact import check_output
 from llmsqueeze.checkpoint import Checkpoint
-from llmsqueeze.compress import BlockDone, Pruning, check_not_inside, prune, versions
+from llmsqueeze.compress import BlockDone, Pruning, check_not_inside, prune
+from llmsqueeze.computing import versions
 from llmsqueeze.device import exact_matmul, worker
 from llmsqueeze.encode_recipe import EncodeRecipe
 from llmsqueeze.encoded import encode

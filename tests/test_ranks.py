@@ -281,6 +281,19 @@ def FAULT(rank):
     assert list(folder.iterdir()) == []
 
 
+def test_ranks_that_are_unlike(launcher: Launcher, prune: list[object], tmp_path: Path) -> None:
+    """Say, two sorts of GPUs."""
+    before = """
+def FAULT(rank):
+    from llmsqueeze import ranks
+    if rank: ranks.computer = lambda device: {"device": "another"}
+"""
+    args = [*prune, "--gpus", 2, "-o", tmp_path / "out", "-q", "--json"]
+    assert launcher.run(args, before=before) == 4, launcher.said
+    assert "error: rank 1 has device another, rank 0 cpu" in launcher.said
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_requests_that_cannot_be_met(
     launcher: Launcher, prune: list[object], cli: Cli, tmp_path: Path
 ) -> None:
