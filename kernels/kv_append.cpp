@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <utility>
 #include <vector>
 
 #include "kv_tiles.h"
@@ -74,20 +73,16 @@ struct Coded {
     uint16_t missing[WIDEST];
 };
 
-// The channels of the largest numbers; of equal ones those that torch.topk takes, which selects in this way.
+// The channels of the largest numbers, what is no number first; of equals the first ones.
 void largest(const double* x, int64_t width, int64_t count, int64_t* found) {
-    std::pair<double, int64_t> all[WIDEST];
-    for (int64_t i = 0; i < width; i++) all[i] = {x[i], i};
-    const auto before = [](const auto& one, const auto& other) {
-        return (one.first != one.first && other.first == other.first) || one.first > other.first;
-    };
-    if (count * 64 <= width) {
-        std::partial_sort(all, all + count, all + width, before);
-    } else {
-        std::nth_element(all, all + count - 1, all + width, before);
-        std::sort(all, all + count - 1, before);
+    bool taken[WIDEST] = {};
+    for (int64_t i = 0; i < count; i++) {
+        int64_t best = -1;
+        for (int64_t c = 0; c < width; c++)
+            if (!taken[c] && (best < 0 || x[c] > x[best] || (x[c] != x[c] && x[best] == x[best]))) best = c;
+        taken[best] = true;
+        found[i] = best;
     }
-    for (int64_t i = 0; i < count; i++) found[i] = all[i].second;
 }
 
 // A tile's record, of which one token is written.

@@ -93,11 +93,10 @@ __device__ __forceinline__ u32 largest(const float (&size)[EACH], u8* channels) 
         for (int j = 0; j < EACH; j++)
             if (!(taken >> j & 1) && size[j] > best) best = size[j], where = j;
         const float all = most(best);
-        const u32 who = __ballot_sync(ALL, best == all);
-        const int first = __ffs(who) - 1;
-        where = __shfl_sync(ALL, where, first);
-        if (lane == first) taken |= 1u << where;
-        if (lane == 0) channels[s] = first + 32 * where;
+        // The least and the greatest are as far from the middle between them: equals are common.
+        const u32 first = __reduce_min_sync(ALL, best == all ? lane + 32 * where : D);
+        if (lane == first % 32) taken |= 1u << first / 32;
+        if (lane == 0) channels[s] = first;
     }
     return taken;
 }

@@ -211,7 +211,7 @@ class ChannelCodec:
         outliers = None
         if self.slots:
             error = (self.book.values(codes) - unit).abs() * scale
-            outliers = error.topk(self.slots, dim=-1).indices
+            outliers = _largest(error, self.slots)
         if self.feedback:
             book = self.book
             codes = round_with_feedback(unit, book.borders, book.decode, self.feedback, outliers)
@@ -263,7 +263,7 @@ class TokenCodec:
         outliers, low, high = None, x, x
         if self.slots:
             middle = (x.amax(-1, keepdim=True) + x.amin(-1, keepdim=True)) / 2
-            outliers = (x - middle).abs().topk(self.slots, dim=-1).indices
+            outliers = _largest((x - middle).abs(), self.slots)
             low = x.scatter(-1, outliers, torch.inf)
             high = x.scatter(-1, outliers, -torch.inf)
         low, high = low.amin((1, 3), keepdim=True), high.amax((1, 3), keepdim=True)
@@ -295,6 +295,19 @@ def span(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     middle = offset.to(low.dtype)
     scale = torch.maximum(high - middle, middle - low) * (1 + 2**-10)
     return offset, scale.half().clamp_min(TINY)
+
+
+def _largest(x: Tensor, count: int) -> Tensor:
+    """[..., count]: where the largest along the last dimension are, NaN first; of equals the first ones.
+
+    Equals are common: the least and the greatest of a vector are as far from the middle between them. topk
+    takes one or the other, by device.
+    """
+    left, found = x.clone(), []
+    for _ in range(count):
+        found.append(left.argmax(-1, keepdim=True))
+        left.scatter_(-1, found[-1], -torch.inf)
+    return torch.cat(found, -1)
 
 
 def _outlier_parts(x: Tensor, coded: Tensor, outliers: Tensor) -> Parts:

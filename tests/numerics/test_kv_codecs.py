@@ -208,3 +208,19 @@ def test_what_is_never_read_may_be_wrong() -> None:
                                                           (0.02, 128, 3), (0.001, 64, 1)])  # fmt: skip
 def test_slots(share: float, width: int, expected: int) -> None:
     assert slots(share, width) == expected
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_of_outliers_that_are_as_large_the_first_are_kept(count: int) -> None:
+    """The least and the greatest always are; on every device the same ones are to be."""
+    levels = torch.linspace(-1, 1, 16).double()
+    codec = TokenCodec(Codebook(4, levels, levels), count, turned=False)
+    values = torch.randint(-3, 4, (2, 2, 50, 64)).double()
+    middle = (values.amax(-1, keepdim=True) + values.amin(-1, keepdim=True)) / 2
+    far = (values - middle).abs()
+    *_, channels = codec.normalise(values)
+    assert channels is not None
+    for row, found in zip(
+        far.flatten(0, -2).tolist(), channels.flatten(0, -2).tolist(), strict=True
+    ):
+        assert found == sorted(range(64), key=lambda c: (-row[c], c))[:count]
