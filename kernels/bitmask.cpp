@@ -78,6 +78,14 @@ const void* expand_portable(const void* from, const uint8_t* mask, void* y, int6
 
 #if X86
 
+// The last bytes of a row's mask where they are no four: nothing is read behind them. Copied before anything else, since
+// a call in a loop would have all sums wait in memory.
+uint32_t last_of(const uint8_t* mask, int64_t bytes) {
+    uint32_t last = 0;
+    std::memcpy(&last, mask + bytes / 4 * 4, bytes % 4);
+    return last;
+}
+
 template <int KIND, bool MASKED, int TOKENS>
 WITH_AVX2 void row_avx2(const Strip* strip, const float* x, int64_t pitch, int64_t bytes, int, float* sums) {
     constexpr int CHAINS = TOKENS == 1 ? 4 : 2;
@@ -85,13 +93,9 @@ WITH_AVX2 void row_avx2(const Strip* strip, const float* x, int64_t pitch, int64
     for (int t = 0; t < TOKENS; t++)
         for (int c = 0; c < CHAINS; c++) sum[t][c] = _mm256_setzero_ps();
     const void* values = strip->values;
+    const uint32_t last = MASKED ? last_of(strip->mask, bytes) : 0;
     for (int64_t byte = 0; byte < bytes; byte += 4) {
-        const uint8_t* m = strip->mask + byte;
-        uint8_t last[4] = {0, 0, 0, 0};
-        if (MASKED && byte + 4 > bytes) {  // nothing is read behind the mask
-            std::memcpy(last, m, bytes - byte);
-            m = last;
-        }
+        const uint8_t* m = !MASKED || byte + 4 <= bytes ? strip->mask + byte : (const uint8_t*)&last;
         _mm_prefetch((const char*)values + NEAR, _MM_HINT_T0);
         __m256 w[4];
         values = MASKED ? expand32_avx2<KIND>(values, m, w) : load32_avx2<KIND>(values, w);
@@ -111,19 +115,18 @@ WITH_AVX512 void rows_avx512(const Strip* strips, const float* x, int64_t pitch,
     constexpr int CHAINS = TOKENS <= 2 ? 2 : 1;  // alike for all numbers of rows
     __m512 sum[ROWS][TOKENS][CHAINS];
     const void* values[ROWS];
+    uint32_t last[ROWS];
     for (int r = 0; r < ROWS; r++) {
         values[r] = strips[r].values;
+        last[r] = MASKED ? last_of(strips[r].mask, bytes) : 0;
         for (int t = 0; t < TOKENS; t++)
             for (int c = 0; c < CHAINS; c++) sum[r][t][c] = _mm512_setzero_ps();
     }
     for (int64_t byte = 0; byte < bytes; byte += 4) {
         __m512 w[ROWS][2];
         for (int r = 0; r < ROWS; r++) {
-            uint32_t m = 0;
-            if (MASKED && byte + 4 <= bytes)
-                std::memcpy(&m, strips[r].mask + byte, 4);
-            else if (MASKED)  // nothing is read behind the mask
-                std::memcpy(&m, strips[r].mask + byte, bytes - byte);
+            uint32_t m = last[r];
+            if (MASKED && byte + 4 <= bytes) std::memcpy(&m, strips[r].mask + byte, 4);
             _mm_prefetch((const char*)values[r] + strips[r].far, _MM_HINT_T1);
             if (KIND == FP32) _mm_prefetch((const char*)values[r] + strips[r].far + 64, _MM_HINT_T1);
             if (MASKED && byte % 64 == 0)
@@ -396,6 +399,16 @@ int tile(const float* x, std::vector<uint16_t>& found, int64_t tokens, int64_t c
     for (int64_t at = 0; at < groups * pieces; at++) {
         const int64_t piece = at % pieces * PIECE, first = at / pieces * ACROSS;
         uint16_t* to = found.data() + at * parts * PIECE * ACROSS;
+        if (parts == 1 && first + ACROSS <= tokens && piece + PIECE <= columns) {
+            for (int64_t t = 0; t < ACROSS; t++)
+                for (int64_t c = 0; c < PIECE; c += 2) {
+                    uint32_t two[2];
+                    std::memcpy(two, x + (first + t) * columns + piece + c, 8);
+                    two[1] |= two[0] >> 16;
+                    std::memcpy(to + c * ACROSS + t * 2, two + 1, 4);
+                }
+            continue;
+        }
         for (int64_t t = 0; t < ACROSS; t++)
             for (int64_t c = 0; c < PIECE; c++) {
                 const bool here = first + t < tokens && piece + c < columns;
@@ -442,8 +455,11 @@ WITH_AMX void tiles_times(const Strip* strips, int rows, const uint16_t* seen, i
                 const uint16_t* from = values[r];
                 uint32_t masks[AHEAD] = {};
                 if (MASKED) {
-                    const int64_t left = bytes - begin * 4;
-                    std::memcpy(masks, strips[r].mask + begin * 4, left < (int64_t)sizeof masks ? left : (int64_t)sizeof masks);
+                    const uint8_t* m = strips[r].mask + begin * 4;
+                    if (begin * 4 + (int64_t)sizeof masks <= bytes)
+                        std::memcpy(masks, m, sizeof masks);
+                    else
+                        std::memcpy(masks, m, bytes - begin * 4);
                 }
                 _mm_prefetch((const char*)from + NEAR / 2, _MM_HINT_T1);
                 _mm_prefetch((const char*)from + NEAR / 2 + 64, _MM_HINT_T1);

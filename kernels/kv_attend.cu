@@ -257,7 +257,7 @@ struct Ring {
     char* stages;
     u32 barriers;
     const char* records;  // the first; of a window, where that of number 0 modulo the capacity lies
-    const char* steps;
+    const char* steps;  // angles of the first
     int count, lane, place, capacity;  // place: of the next, of a window
 
     __device__ __forceinline__ void open() {
@@ -273,7 +273,8 @@ struct Ring {
     }
 
     // Take the tiles from `first` on, WARPS apart, of a kv head's.
-    __device__ __forceinline__ void begin(const char* tiles, int head, int first, int capacity_) {
+    __device__ __forceinline__ void begin(const char* tiles, const char* all_steps, int head, int first, int capacity_) {
+        steps = all_steps + (size_t)first * STEP;
 #if SLIDING
         records = tiles + (size_t)head * capacity_ * RECORD;
         capacity = capacity_, place = (u32)first % (u32)capacity_;
@@ -502,8 +503,7 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
     const int early_end = min(early.end, PDL ? (now_length - 1) >> 4 : LIMIT);
     const int early_count = max(early_end - early.begin - warp + WARPS - 1, 0) / WARPS;
     ring.count = early_count;
-    ring.begin(tiles, head, early.begin + warp, capacity);
-    ring.steps = steps + (size_t)warp * STEP;
+    ring.begin(tiles, steps, head, early.begin + warp, capacity);
     ring.request(0, 0);
 
     Decoder decoder;
@@ -535,12 +535,6 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
     for (int i = warp; i < FRAGMENTS * 3; i += WARPS)
         ((uint4*)(shared + CONSTANTS_AT))[i * 32 + lane] = __ldg(own_channels + i * 32);
 #endif
-    // Angles of the first tile, by which the query is turned back.
-    constexpr int PAIRS = (D / 2 + 31) / 32;
-    float2 back[PAIRS];
-    const float2* own_angles = angles + (size_t)(16 + min(early.begin, LIMIT - 1)) * (D / 2) + lane;
-#pragma unroll
-    for (int r = 0; r < PAIRS; r++) back[r] = __ldg(own_angles + (D % 64 && lane + 32 * r >= D / 2 ? 0 : 32 * r));
 #if KEY_SLOTS
     for (int i = threadIdx.x; i < 8 * D; i += THREADS)
         ((float2*)(shared + ANGLES_AT))[i % (D / 2) * 16 + i / (D / 2)] = __ldg(angles + i);
@@ -575,15 +569,10 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
     ring.count = max(share_.end - share_.begin - warp + WARPS - 1, 0) / WARPS;
     if (share_.begin != early.begin || share_.end != early.end) {
         ring.begin_again(min(early_count, EARLY));
-        ring.begin(tiles, head, share_.begin + warp, capacity);
+        ring.begin(tiles, steps, head, share_.begin + warp, capacity);
         phase = 1;
 #pragma unroll
         for (int s = 0; s < EARLY; s++) ring.request(s, s);
-#if CHANNELS
-        own_angles += (min(share_.begin, LIMIT - 1) - min(early.begin, LIMIT - 1)) * (D / 2);
-#pragma unroll
-        for (int r = 0; r < PAIRS; r++) back[r] = __ldg(own_angles + (D % 64 && lane + 32 * r >= D / 2 ? 0 : 32 * r));
-#endif
     } else {
 #pragma unroll
         for (int s = 0; s < EARLY; s++)
@@ -645,20 +634,15 @@ kv_attend(const u16* q, const char* tiles, const int* length, const int* padding
 #pragma unroll
         for (int r = 0; r < D / 32; r++) own[lane + 32 * r] = x[n][r];
 #if CHANNELS
-        // Turned by the padding, since a key's position is its slot less that, and back to this block's first tile.
+        // Turned by the padding, since a key's position is its slot less that. Tiles turn it back from there, so that
+        // however many blocks there are, every tile meets the same one.
         __syncwarp();
-#pragma unroll
-        for (int r = 0; r < PAIRS; r++) {
-            const int pair = lane + 32 * r;
-            if (D % 64 && pair >= D / 2) continue;
+        for (int pair = lane; pair < D / 2; pair += 32) {
             float one = own[first_of(pair)], two = own[second_of(pair)];
-            float turned = back[r].x * one + back[r].y * two;
-            two = back[r].x * two - back[r].y * one;
-            one = turned;
             if (share_.start) {
                 const float2 far = __ldg(angles + (size_t)(16 + (share_.start >> 4)) * (D / 2) + pair);
                 const float2 near = __ldg(angles + (size_t)(share_.start & 15) * (D / 2) + pair);
-                turned = far.x * one - far.y * two;
+                const float turned = far.x * one - far.y * two;
                 two = far.y * one + far.x * two;
                 one = near.x * turned - near.y * two;
                 two = near.y * turned + near.x * two;
