@@ -208,13 +208,7 @@ class _Measure:
         try:
             with self._pausing():
                 for names in self.groups:
-                    pool = self._pool(names)
-                    for part in self.split.own:
-                        sums = pool.fresh()
-                        for rows in part.batches if part else ():
-                            self._record(sums, names[0], rows, pairs[rows.start])
-                        pool.add()
-                    yield [(names, pool.finish())]
+                    yield [(names, self._summed(names, pairs))]
                 if not self.run.last:
                     for pair in pairs.values():
                         for stream in pair:
@@ -227,6 +221,23 @@ class _Measure:
     @torch.no_grad()
     def two_passes(self) -> Iterator[_Measured]:
         """Measure every group on the uncompressed block, yield them, then propagate."""
+        yield self._all_summed()
+        if not self.run.last:
+            for rows in self.split.batches:
+                self.run.propagate(rows)
+
+    # What only measuring holds goes with these functions: who compresses has to have room.
+    def _summed(self, names: list[str], pairs: dict[int, list[Stream]]) -> InputStats:
+        """Of one group, which all batches enter next."""
+        pool = self._pool(names)
+        for part in self.split.own:
+            sums = pool.fresh()
+            for rows in part.batches if part else ():
+                self._record(sums, names[0], rows, pairs[rows.start])
+            pool.add()
+        return pool.finish()
+
+    def _all_summed(self) -> _Measured:
         pools = {names[0]: self._pool(names) for names in self.groups}
         with self._pausing():
             for part in self.split.own:
@@ -236,17 +247,13 @@ class _Measure:
                     for leader in sums:
                         self._record(sums[leader], leader, rows, pair)
                     if self.dense and not self.run.last:
-                        pair[
-                            1
-                        ].advance()  # its output stays what it is; ours has yet to be compressed
+                        # Its output stays what it is; ours has yet to be compressed.
+                        pair[1].advance()
                     for stream in pair:
                         stream.close()
                 for pool in pools.values():
                     pool.add()
-        yield [(names, pools.pop(names[0]).finish()) for names in self.groups]
-        if not self.run.last:
-            for rows in self.split.batches:
-                self.run.propagate(rows)
+        return [(names, pools[names[0]].finish()) for names in self.groups]
 
     def _pair(self, rows: slice) -> list[Stream]:
         return [run.stream(rows) for run in (self.run, self.dense) if run]

@@ -84,10 +84,12 @@ def prune_bytes(checkpoint: Checkpoint, recipe: PruneRecipe, walk: Walk, held_ou
     probes = probe * walk.item
     kept = walk.tokens if recipe.order == "group" else walk.batch_tokens
     peaks = []
-    every = sum(_statistics(g, needs, recipe, held_out, probes) for g in groups)
+    solving, measuring = 3 if held_out else 1, 3 if held_out else 2
+    every = sum(_statistics(g, needs, recipe, solving, probes) for g in groups)
+    sums = [_statistics(g, needs, recipe, measuring, probes) for g in groups]
     for group in groups:
         inside = kept * group.entered * walk.item * walk.followed
-        own = _statistics(group, needs, recipe, held_out, probes)
+        own = _statistics(group, needs, recipe, solving, probes)
         if recipe.order == "block":
             inside, own = 0, every
         peaks.append(inside + own + _solver(group, recipe, probe))
@@ -96,9 +98,12 @@ def prune_bytes(checkpoint: Checkpoint, recipe: PruneRecipe, walk: Walk, held_ou
     if walk.item < FP32:
         forward += walk.batch_tokens * max(g.width for g in groups) * 2 * FP32
     if recipe.order == "block":
-        peaks.append(every + forward + kept * max(g.entered for g in groups) * walk.item)
+        peaks.append(sum(sums) + forward + kept * max(g.entered for g in groups) * walk.item)
     else:
-        peaks.append(max(kept * g.entered for g in groups) * walk.item * walk.followed + forward)
+        inside = kept * walk.item * walk.followed
+        peaks.append(
+            max(inside * g.entered + s for g, s in zip(groups, sums, strict=True)) + forward
+        )
     return between + weights + max(peaks)
 
 
@@ -184,14 +189,14 @@ def _plain_walk(checkpoint: Checkpoint, walk: Walk) -> int:
 
 
 def _statistics(
-    group: _Group, needs: frozenset[str], recipe: PruneRecipe, held_out: int, probes: int
+    group: _Group, needs: frozenset[str], recipe: PruneRecipe, copies: int, probes: int
 ) -> int:
-    """Of one input group: sums for all tokens, those held out, and the rest, before which the sums of the
-    part that is measured are in its place; some tokens as they came."""
+    """Of one input group: some tokens as they came, and so many copies of sums. While it is measured, those
+    of all tokens, of the part that is measured, and of those held out if there are any; when it is solved
+    for, the part's are gone, and where tokens are held out those of the rest are there instead."""
     squares = group.width * ("gram" in needs)
     if "product" in needs and recipe.dense_share:
         squares += group.width + group.drift
-    copies = 3 if held_out else 1
     return copies * squares * group.width * FP32 + probes * group.width
 
 
@@ -205,8 +210,8 @@ def _solver(group: _Group, recipe: PruneRecipe, probe: int) -> int:
     inverse = 0
     if recipe.method == "sparsegpt":
         inverse = square
-        # Hessian, damped, its factor, the inverse, that one's factor, LAPACK's copy; then the weights.
-        steps += [6 * square, square + 3 * matrix]
+        # Hessian, what is factorised or inverted, the result, LAPACK's copy; then the weights.
+        steps += [4 * square, square + 3 * matrix]
     elif recipe.method == "admm":
         inverse = square
         # The Gram matrix scaled in fp64; then w, z, both targets, their gap, and the next w.

@@ -150,9 +150,12 @@ def _factor(stats: InputStats, damping: float) -> tuple[Tensor, float, Tensor]:
         damped = hessian.clone()
         damped.diagonal().add_(tried * mean)
         lower, failed = torch.linalg.cholesky_ex(damped)
+        del damped  # each is as large as the Hessian
         if not failed:
             inverse = torch.cholesky_inverse(lower)
+            del lower
             upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            del inverse
         if not failed and bool(torch.isfinite(upper).all()):
             result = (upper, tried, dead)
             stats.memo[("sparsegpt", damping)] = result
