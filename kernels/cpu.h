@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "masks are read as words of little byte order, which is how they lie in a file"
+#endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #define X86 1
 #ifndef __clang__  // GCC 12 warns of its own intrinsics

@@ -10,6 +10,7 @@ Writing happens in a directory beside OUT that is renamed last, so OUT is comple
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -20,7 +21,6 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -308,15 +308,10 @@ class ArtifactWriter:
         except OSError as error:
             raise ResourceError(f"cannot write to {self._out.parent} ({error.strerror})") from error
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._shards.close()
-        if self._given is None:
-            shutil.rmtree(self.directory, ignore_errors=True)
+    def __exit__(self, *raised: object) -> None:
+        with contextlib.closing(self._shards):
+            if self._given is None:
+                shutil.rmtree(self.directory, ignore_errors=True)
 
     def snapshot(self) -> dict[str, Any]:
         """What restore() goes on from, in plain types and tensors; see ShardWriter.snapshot."""

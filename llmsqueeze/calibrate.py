@@ -178,6 +178,8 @@ def _sites(
             for name in names:
                 weight = tensors[f"{prefix}{name}.weight"]
                 sites.append(Site(prefix + name, weight, stats, name in experts))
+        del stats
+        complete.clear()  # whoever takes the sites lets go of their statistics
         yield sites
 
 
@@ -235,6 +237,7 @@ class _Measure:
             for rows in part.batches if part else ():
                 self._record(sums, names[0], rows, pairs[rows.start])
             pool.add()
+        del sums  # of several ranks finish() allocates what takes its place
         return pool.finish()
 
     def _all_summed(self) -> _Measured:
@@ -253,7 +256,8 @@ class _Measure:
                         stream.close()
                 for pool in pools.values():
                     pool.add()
-        return [(names, pools[names[0]].finish()) for names in self.groups]
+                sums.clear()
+        return [(names, pools.pop(names[0]).finish()) for names in self.groups]
 
     def _pair(self, rows: slice) -> list[Stream]:
         return [run.stream(rows) for run in (self.run, self.dense) if run]

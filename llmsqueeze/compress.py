@@ -7,7 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,12 +156,16 @@ def _prune_into(
             total, stored = total + stored.result(), None
         return {"writer": writer.snapshot(), "share": dataclasses.asdict(total), "batch": batch}
 
-    for block in pruning.blocks(batch, trail.start):
-        if stored:
-            total += stored.result()  # one block waits at most; a full disk shows here
-        stored = storing.submit(store_block, writer, checkpoint, block.take(), block.reports)
-        on_block(BlockDone(block.index, checkpoint.block_count, block.seconds))
-        trail.reached(block.after, capture)
+    try:
+        for block in pruning.blocks(batch, trail.start):
+            if stored:
+                total += stored.result()  # one block waits at most; a full disk shows here
+            stored = storing.submit(store_block, writer, checkpoint, block.take(), block.reports)
+            on_block(BlockDone(block.index, checkpoint.block_count, block.seconds))
+            trail.reached(block.after, capture)
+    finally:
+        if stored:  # a next attempt is to have the writer for itself
+            wait([stored])
     return total + stored.result() if stored else total
 
 
@@ -267,6 +271,9 @@ class Pruning:
             for group in block.groups:
                 sites = [site for site in group if site.name in targets]
                 reports |= self._prune_group(block, sites, targets)
+                # Statistics go before the next ones are gathered.
+                group.clear()
+                del sites
             for name in reports:
                 if not torch.isfinite(block.tensors[f"{name}.weight"]).all():
                     raise CalibrationError(

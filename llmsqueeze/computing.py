@@ -21,7 +21,11 @@ def computing(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
 def computer(device: torch.device) -> dict[str, str]:
     """What ranks must have in common."""
-    return {"device": _name(device), **versions()}
+    found = {"device": _name(device), **versions()}
+    if device.type == "cpu":
+        found["instructions"] = torch.backends.cpu.get_cpu_capability()
+        found["products of bf16"] = str(torch.cpu._is_avx512_bf16_supported())
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -137,17 +137,21 @@ def embedding_bytes(checkpoint: Checkpoint, walk: Walk) -> int:
     return copied + walk.waiting * _hidden(checkpoint) * walk.item
 
 
-def source_bytes(checkpoint: Checkpoint, written: int, *, changed: bool) -> int:
-    """Pages of the source that are mapped at once: of two blocks, and of what no file has yet of tensors that
-    are written as they were read.
+def reading_bytes(checkpoint: Checkpoint) -> int:
+    """Pages of the source that are mapped because they are read: of two blocks."""
+    return 2 * sum(stored_bytes(checkpoint, name) for name in checkpoint.block_parameters(0))
 
-    written: bytes of all tensors; changed: whether linears are, so that what becomes of a block
-    is held instead.
+
+def waiting_bytes(checkpoint: Checkpoint, written: int, *, changed: bool) -> int:
+    """Pages of the source of what no file has yet, of tensors that are written as they were read.
+
+    written: bytes of all tensors; changed: whether linears are, so that of a block what becomes of it is held
+    instead.
     """
-    whole = checkpoint.stored_bytes
-    block = sum(stored_bytes(checkpoint, name) for name in checkpoint.block_parameters(0))
-    waiting = 0.0 if changed else whole * min(1.0, SHARD_BYTES / max(written, 1))
-    return min(whole, round(waiting) + 2 * block)
+    if changed:  # they are read for the state of the run if not before, and share a file with what is changed
+        outer = sum(stored_bytes(checkpoint, name) for name in checkpoint.outer_parameters)
+        return min(outer, SHARD_BYTES - pending_bytes(checkpoint, written, changed=True))
+    return round(checkpoint.stored_bytes * min(1.0, SHARD_BYTES / max(written, 1)))
 
 
 def result_bytes(checkpoint: Checkpoint) -> int:

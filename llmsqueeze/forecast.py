@@ -211,10 +211,14 @@ def host_bytes(
         if device.type == "cpu":
             held.append(sum(effort.bytes for effort in stage))
     become = footprint.result_bytes(checkpoint) if changed else 0
-    peak = become + max(before + max(held), pending + footprint.encoding_bytes(checkpoint))
-    source = footprint.source_bytes(checkpoint, made.bytes_after, changed=changed)
+    waiting = footprint.waiting_bytes(checkpoint, made.bytes_after, changed=changed)
+    # Weights are copied when the caches are calibrated.
+    beside = 0 if all(isinstance(step.recipe, KvRecipe) for step in steps) else waiting
+    calibrating = before + max(held) + beside
+    peak = become + max(calibrating, pending + footprint.encoding_bytes(checkpoint) + waiting)
+    reading = min(checkpoint.stored_bytes, footprint.reading_bytes(checkpoint))
     calibrated = any(effort.tokens for effort in took)
-    return now + max(LIBRARIES + source + peak, TOKENISING if calibrated else 0)
+    return now + max(LIBRARIES + reading + peak, TOKENISING if calibrated else 0)
 
 
 def _stages(steps: list[Step], took: list[Effort]) -> list[list[Effort]]:

@@ -11,11 +11,17 @@ from llmsqueeze.errors import EnvironmentFault
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None if they were not built. EnvironmentFault if another version's."""
+    """The compiled kernels; None if they were not built. EnvironmentFault if it is another
+    version's, or does not load."""
     found = sorted(Path(__file__).parent.glob("_bitmask.*"))
     if not found:
         return None
-    loaded = ctypes.CDLL(str(found[0]))
+    try:
+        loaded = ctypes.CDLL(str(found[0]))
+    except OSError as error:
+        raise EnvironmentFault(
+            f"{found[0].name} does not load ({error}); install llmsqueeze again"
+        ) from error
     pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     for name, arguments in {
         "linears": [pointer, size, pointer, ctypes.c_float] + [pointer] * 4

@@ -310,11 +310,11 @@ def _meet(world: World, device: torch.device) -> Team:
 def _check_alike(computers: list[dict[str, str]]) -> None:
     """Or the result would depend on which rank does what."""
     for rank, found in enumerate(computers):
-        for name, value in found.items():
-            if value != computers[0][name]:
+        for name in sorted({*found, *computers[0]}):
+            one, other = found.get(name), computers[0].get(name)
+            if one != other:
                 raise EnvironmentFault(
-                    f"rank {rank} has {name} {value}, rank 0 {computers[0][name]}; results depend on it: let "
-                    "ranks be alike"
+                    f"rank {rank} has {name} {one}, rank 0 {other}; results depend on it: let ranks be alike"
                 )
 
 

@@ -303,9 +303,11 @@ class ShardWriter:
         self.total_bytes = found["total_bytes"] if found else 0
         self._synced = len(self._parts)
         self._team.lead(self._tidy)
-        self._hashes = {}
+        for number in [n for n in self._hashes if n > self._synced]:
+            self._hashes.pop(number).cancel()
         for number in range(1, len(self._parts) + 1):
-            self._hash(number)
+            if number not in self._hashes:  # the others stay what they are
+                self._hash(number)
 
     def _tidy(self) -> None:
         """Leave the parts that are known in the directory, and nothing else."""

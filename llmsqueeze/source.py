@@ -174,12 +174,12 @@ def _convert_gguf(file: Path, name: str, out: Path) -> None:
     # What it does not find it fills with random numbers.
     for name in sorted(map(str, info["missing_keys"])):
         raise CheckpointError(f"{file}: has no weights for {name}")
-    writer = ShardWriter(out)
     tied = model.all_tied_weights_keys
-    for parameter_name, tensor in model.state_dict().items():
-        if parameter_name not in tied:
-            writer.add(parameter_name, tensor)
-    writer.finish()
+    with contextlib.closing(ShardWriter(out)) as writer:
+        for parameter_name, tensor in model.state_dict().items():
+            if parameter_name not in tied:
+                writer.add(parameter_name, tensor)
+        writer.finish()
     tokenizer.save_pretrained(out)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(out)

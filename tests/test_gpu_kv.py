@@ -280,6 +280,9 @@ def test_tokens_are_coded_into_a_ring_as_on_the_cpu(case: int) -> None:
         found.append(read_fields(tiles.cpu(), format))
     for one, two in zip(found[0].all()[:2], found[1].all()[:2], strict=True):
         assert float((one != two).float().mean()) < 4e-3
+    for name in ("key_channels", "value_channels"):
+        one, two = (getattr(fields, name) for fields in found)
+        assert not one.numel() or float((one != two).float().mean()) < 0.02
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # inductor's own

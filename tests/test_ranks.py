@@ -281,16 +281,20 @@ def FAULT(rank):
     assert list(folder.iterdir()) == []
 
 
-def test_ranks_that_are_unlike(launcher: Launcher, prune: list[object], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["device", "torch", "instructions", "something new"])
+def test_ranks_that_are_unlike(
+    launcher: Launcher, prune: list[object], tmp_path: Path, name: str
+) -> None:
     """Say, two sorts of GPUs."""
-    before = """
+    before = f"""
 def FAULT(rank):
     from llmsqueeze import ranks
-    if rank: ranks.computer = lambda device: {"device": "another"}
+    own = ranks.computer
+    if rank: ranks.computer = lambda device: own(device) | {{"{name}": "another"}}
 """
     args = [*prune, "--gpus", 2, "-o", tmp_path / "out", "-q", "--json"]
     assert launcher.run(args, before=before) == 4, launcher.said
-    assert "error: rank 1 has device another, rank 0 cpu" in launcher.said
+    assert f"error: rank 1 has {name} another, rank 0 " in launcher.said
     assert list(tmp_path.iterdir()) == []
 
 

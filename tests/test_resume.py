@@ -22,9 +22,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from llmsqueeze import compress, work
+from llmsqueeze import compress, shards, work
 from llmsqueeze.blocks import Boundary, Run
 from llmsqueeze.checkpoint import Checkpoint
+from llmsqueeze.device import worker
 from llmsqueeze.errors import RecipeError, Stopped
 from llmsqueeze.recipe import PruneRecipe
 from llmsqueeze.work import Trail, Work, difference, sweep
@@ -578,6 +579,45 @@ def test_memory_for_fewer_samples_at_a_time(
     assert result.exit_code == 5
     assert "with one sample at a time" in result.stderr and "Traceback" not in result.stderr
     assert list(folder.iterdir()) == []
+
+
+def test_memory_ends_while_a_block_is_stored(
+    cli: Cli, tiny: Tiny, tmp_path: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where that is done beside, as on a GPU: the next attempt begins when nobody else writes."""
+    args = ["prune", tiny(num_hidden_layers=4), "--method", "wanda", "--calib", text_file, "--samples", 4,
+            "--seqlen", 24, "--batch-size", 4]  # fmt: skip
+    assert cli(*args, "-o", tmp_path / "expected").exit_code == 0
+    forward, store, met, failed = Run.forward, compress.store_block, [], []
+
+    def fail_once(self: Run, rows: slice) -> torch.Tensor:
+        met.extend([] if any(self is run for run in met) else [self])
+        if len(met) == 3 and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, rows)
+
+    def store_slowly(*given: Any) -> Any:
+        time.sleep(0.3)
+        return store(*given)
+
+    monkeypatch.setattr(Run, "forward", fail_once)
+    monkeypatch.setattr(compress, "beside", lambda device: worker())
+    monkeypatch.setattr(compress, "store_block", store_slowly)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 30_000)  # many files
+    result = cli(*args, "-o", tmp_path / "out")
+    assert result.exit_code == 0 and failed, result.stderr
+    expected, found = (
+        {
+            n: t
+            for f in sorted((tmp_path / d).glob("*.safetensors"))
+            for n, t in load_file(f).items()
+        }
+        for d in ("expected", "out")
+    )
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(found[name], t) for name, t in expected.items())
+    assert cli("inspect", tmp_path / "out", "--verify").exit_code == 0
 
 
 def test_killed_while_it_published(tmp_path: Path) -> None:

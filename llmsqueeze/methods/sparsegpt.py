@@ -131,12 +131,28 @@ def _columns(
     return columns.t(), kept.t(), errors.t()
 
 
+def _inverse_factor(hessian: Tensor, added: Tensor) -> Tensor | None:
+    """Upper U with (H + added · 1)⁻¹ = UᵀU; None if rounding leaves that without one."""
+    import torch
+
+    # Each is as large as the Hessian: of these two at a time.
+    damped = hessian.clone()
+    damped.diagonal().add_(added)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped
+    if failed:
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    del lower
+    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+    return None if failed or not bool(torch.isfinite(upper).all()) else upper
+
+
 def _factor(stats: InputStats, damping: float) -> tuple[Tensor, float, Tensor]:
     """Upper U with H⁻¹ = UᵀU, the damping that worked, and the inputs that never fired.
 
     Kept with the statistics: q, k and v share one input, hence one factor.
     """
-    import torch
 
     cached: tuple[Tensor, float, Tensor] | None = stats.memo.get(("sparsegpt", damping))
     if cached is not None:
@@ -147,16 +163,8 @@ def _factor(stats: InputStats, damping: float) -> tuple[Tensor, float, Tensor]:
     mean = hessian.diagonal().mean()
     tried = damping
     for _ in range(DAMPING_RETRIES):
-        damped = hessian.clone()
-        damped.diagonal().add_(tried * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped  # each is as large as the Hessian
-        if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            del inverse
-        if not failed and bool(torch.isfinite(upper).all()):
+        upper = _inverse_factor(hessian, tried * mean)
+        if upper is not None:
             result = (upper, tried, dead)
             stats.memo[("sparsegpt", damping)] = result
             return result

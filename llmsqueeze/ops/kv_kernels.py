@@ -41,9 +41,9 @@ def kv_attend(
         raise EnvironmentFault(
             f"kv_attend: no kernel for {heads} heads of {q.dtype} over {kv_heads}"
         )
-    if counters.numel() < batch * kv_heads or (steps is not None and len(steps) < capacity):
-        raise EnvironmentFault("kv_attend: too few counters, or angles for too few positions")
     limit = most_tiles(tiles, angles, window)
+    if counters.numel() < batch * kv_heads or (steps is not None and len(steps) < limit):
+        raise EnvironmentFault("kv_attend: too few counters, or angles for too few positions")
     device = q.device.index
     macros = variant(form, group, cuda.most_shared(device)) | {
         "HALF": half(q), "PDL": int(cuda.is_hopper(device)), "SLIDING": int(window > 0),
