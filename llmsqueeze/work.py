@@ -176,7 +176,7 @@ class Work:
         done = trail.start.done
         if total > 1 and not any(t.total > 1 for t in self._trails.values()):
             self.resumed = done  # of the walk that makes the checkpoint; others come after it
-        if not before and 0 < done < total:
+        if not before and done and total > 1:
             self.note(f"going on after block {done} of {total}, as {self.folder} has it")
         self._trails[name] = trail
         return trail
