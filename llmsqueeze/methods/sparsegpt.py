@@ -153,7 +153,6 @@ def _factor(stats: InputStats, damping: float) -> tuple[Tensor, float, Tensor]:
 
     Kept with the statistics: q, k and v share one input, hence one factor.
     """
-
     cached: tuple[Tensor, float, Tensor] | None = stats.memo.get(("sparsegpt", damping))
     if cached is not None:
         return cached
