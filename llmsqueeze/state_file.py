@@ -17,7 +17,7 @@ def write_state(path: Path, state: Any) -> None:
     """Write beside the old file, wait for the disk, then put it in its place.
 
     state: tensors, numbers, text and None, in dictionaries, lists and tuples. ResourceError where there is no
-    room; the old file is then as it was.
+    room; the old file is then as it was, as it is when a signal ends this.
     """
     partial = path.with_suffix(".partial")
     try:
@@ -28,8 +28,10 @@ def write_state(path: Path, state: Any) -> None:
         partial.replace(path)
         sync_directory(path.parent)
     except (OSError, RuntimeError) as error:
-        # torch ends its archive after a failed write, and fails again: the system's error is behind that.
+        # torch ends its archive after a failed write, and fails again: what stopped that is behind it.
         cause = error if isinstance(error, OSError) else error.__context__
+        if isinstance(cause, KeyboardInterrupt | SystemExit):
+            raise cause from None  # a signal
         if isinstance(cause, OSError) and cause.errno in NO_ROOM:
             raise ResourceError(
                 f"no space left for {path} ({cause.strerror}); make room and run the same command again"
