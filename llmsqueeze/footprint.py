@@ -100,7 +100,7 @@ def prune_bytes(checkpoint: Checkpoint, recipe: PruneRecipe, walk: Walk, held_ou
     if recipe.order == "block":
         peaks.append(sum(sums) + forward + kept * max(g.entered for g in groups) * walk.item)
     else:
-        inside = kept * walk.item * walk.followed
+        inside = (kept * walk.followed - walk.batch_tokens) * walk.item
         peaks.append(
             max(inside * g.entered + s for g, s in zip(groups, sums, strict=True)) + forward
         )
@@ -207,8 +207,8 @@ def _statistics(
 def _solver(group: _Group, recipe: PruneRecipe, probe: int) -> int:
     """What a method, a refit and the final check allocate for a linear, the most at once."""
     square, matrix = group.width**2 * FP32, group.rows * group.width * FP32
-    # The error of the result: both weights and their difference; tokens, and outputs with their squares.
-    check = 3 * matrix + probe * (group.width + 2 * group.rows) * FP32
+    # The error of the result: tokens; both weights and their difference, or one, and squares of outputs.
+    check = probe * group.width * FP32 + matrix + max(2 * matrix, 2 * probe * group.rows * FP32)
     # Scores, those of each row in another order, which stay; magnitude and Wanda do no more.
     steps = [check, 4 * matrix]
     inverse = 0
@@ -218,11 +218,12 @@ def _solver(group: _Group, recipe: PruneRecipe, probe: int) -> int:
         steps += [4 * square, square + 3 * matrix]
     elif recipe.method == "admm":
         inverse = square
-        # The Gram matrix scaled in fp64; then w, z, both targets, their gap, and the next w.
-        steps += [5 * square, 2 * square + 10 * matrix]
+        # What is inverted, its factor, the inverse, LAPACK's copy; then w, both targets, their gap, masks and
+        # the scores that they are chosen from, some in another order.
+        steps += [4 * square, square + 7 * matrix]
     if recipe.refit != "none":
-        # Two problems; start, mask, iterate, residual, direction, best, each with its successor.
-        steps.append(inverse + square + 16 * matrix)
+        # Two problems, of two matrices each; start, mask, iterate, residual, direction, its product, best.
+        steps.append(inverse + square + 12 * matrix)
     return max(steps)
 
 

@@ -48,8 +48,10 @@ RATE_SECONDS = 0.5
 
 
 # What libraries load and set up until a run is done, which `plan` has not met: what a model of 200 kB took,
-# 75 to 100 MB by method. While texts become tokens it is so much for a moment, and nothing else is held yet.
+# 75 to 100 MB by method, and less than 10 where nothing is calibrated. While texts become tokens it is so
+# much for a moment, and nothing else is held yet.
 LIBRARIES = 90_000_000
+LIBRARIES_ALONE = 10_000_000
 TOKENISING = 190_000_000
 
 
@@ -218,7 +220,9 @@ def host_bytes(
     peak = become + max(calibrating, pending + footprint.encoding_bytes(checkpoint) + waiting)
     reading = min(checkpoint.stored_bytes, footprint.reading_bytes(checkpoint))
     calibrated = any(effort.tokens for effort in took)
-    return now + max(LIBRARIES + reading + peak, TOKENISING if calibrated else 0)
+    if not calibrated:
+        return now + LIBRARIES_ALONE + reading + peak
+    return now + max(LIBRARIES + reading + peak, TOKENISING)
 
 
 def _stages(steps: list[Step], took: list[Effort]) -> list[list[Effort]]:

@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from llmsqueeze import data
+
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 # What stands for a model in README.
 MODELS = {"CHECKPOINT", "demo"}
 # Options whose values are for real models, and what a tiny one takes.
 SMALLER = {"--seqlen": "24", "--windows": "4", "--samples": "4"}
+CALIBRATING = ("prune", "sparsify", "quantize-kv")
 # Exit code 1 is a gate's, which a random model need not pass.
 GATES = {"--fail-if", "--min-recovery", "--min-speedup", "--max-size", "--target-ppl-ratio"}
 
@@ -35,6 +38,9 @@ def commands() -> list[str]:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with the files that commands are given."""
     monkeypatch.chdir(tmp_path)
+    # Under a tokenizer of bytes the bundled texts are a million tokens, and cut up by every command anew.
+    whole = data.bundled_text
+    monkeypatch.setattr(data, "bundled_text", lambda name: whole(name)[:50_000])
     (recipe,) = re.findall(r"^```yaml\n(prune:.*?)^```", README, re.DOTALL | re.MULTILINE)
     (tmp_path / "recipe.yaml").write_text(recipe)
     (tmp_path / "held-out.txt").write_text(
@@ -52,6 +58,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def few(step: str) -> list[str]:
+    """Calibration tokens of a step of compress."""
+    name = f"{step}.calibration"
+    return ["--set", f"{name}.samples=4", "--set", f"{name}.seqlen=24"]
+
+
 def adapted(words: list[str], model: Path) -> list[str]:
     """The same command for a tiny model; names of hub tasks stand for files."""
     words = [str(model) if word in MODELS else word for word in words]
@@ -63,7 +75,13 @@ def adapted(words: list[str], model: Path) -> list[str]:
         words += ["--seqlen", "200" if "--passkey" in words else "24"]
     if words[0] == "eval" and "--windows" not in words:
         words += ["--windows", "4"]
-    if words[0] in ("prune", "sparsify", "quantize-kv", "eval", "run", "compress"):
+    if words[0] in CALIBRATING and "--samples" not in words:
+        words += ["--samples", "4", "--seqlen", "24"]
+    if words[0] == "compress":  # of a manifest's steps it says the same itself
+        steps = {"recipe.yaml": CALIBRATING, "fastest": CALIBRATING[1:]}
+        calibrated = [step for name, found in steps.items() if name in words for step in found]
+        words += [word for step in calibrated for word in few(step)]
+    if words[0] in (*CALIBRATING, "eval", "run", "compress"):
         words += ["--device", "cpu"]
     out = words[words.index("-o") + 1] if "-o" in words else ""
     return [*words, "--overwrite"] if out and Path(out).exists() else words

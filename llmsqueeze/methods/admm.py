@@ -58,26 +58,29 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
     assert stats is not None
     fitting = stats.fitting()
     size = fitting.rms.clamp_min(torch.finfo(torch.float32).tiny).double()
-    gram = (fitting.gram.double() / fitting.count / size / size.unsqueeze(1)).float()
-    product = (fitting.product(weight).double() / fitting.count / size).float()
+    # In place, here and below: large blocks are mapped anew each time, which takes longer than a sum.
+    inverse = _inverse(fitting, size, config)
+    wanted = fitting.product(weight).double().div_(fitting.count).div_(size).float()
     size = size.float()
-    original = weight.float() * size
-    inverse = _inverse(fitting, gram, config)
-    wanted = product + config.admm_ridge * original  # the ridge pulls towards the original weights
+    w = weight.float() * size
+    wanted += config.admm_ridge * w  # the ridge pulls towards the original weights
 
-    w = original
     gap = torch.zeros_like(w)
+    towards = torch.empty_like(w)
     keep = torch.ones_like(w, dtype=torch.bool)
     for step in range(config.admm_steps):
+        moved = gap.add_(w)
         if step < config.admm_ramp:
             # Cubic, as in the paper: most zeros come early, the last ones slowly.
             share = 1 - (1 - (step + 1) / config.admm_ramp) ** 3
             now = relaxed(target, share)
-            keep = choose((w + gap).abs(), now) if now else keep
-        z = (w + gap) * keep
-        gap = gap + w - z
-        w = (wanted + config.admm_penalty * (z - gap)) @ inverse
-    result = zero_removed(((w + gap) / size).to(weight.dtype), keep)
+            keep = choose(torch.abs(moved, out=towards), now) if now else keep
+        # z is what is kept of `moved`, the gap the rest: z - gap differs from `moved` in signs.
+        torch.neg(moved, out=towards)
+        torch.where(keep, moved, towards, out=towards)
+        gap = moved.masked_fill_(keep, 0)
+        torch.mm(towards.mul_(config.admm_penalty).add_(wanted), inverse, out=w)
+    result = zero_removed((gap.add_(w).div_(size)).to(weight.dtype), keep)
     if not bool(torch.isfinite(result).all()):
         raise CalibrationError(
             "ADMM diverged; use more calibration tokens or a larger --admm-ridge"
@@ -85,13 +88,15 @@ def prune(weight: Tensor, stats: InputStats | None, target: Target, config: Conf
     return Pruned(result, keep)
 
 
-def _inverse(fitting: InputStats, gram: Tensor, config: Config) -> Tensor:
-    """(G + (ridge + penalty) I)⁻¹, once for all linears of the group."""
+def _inverse(fitting: InputStats, size: Tensor, config: Config) -> Tensor:
+    """(G + (ridge + penalty) I)⁻¹ of inputs in units of `size`, once for all linears of the group."""
     import torch
 
     key = ("admm", config.admm_ridge, config.admm_penalty)
     if key not in fitting.memo:
-        damped = gram.clone()
+        gram = fitting.gram.double().div_(fitting.count)
+        damped = gram.div_(size).div_(size.unsqueeze(1)).float()
+        del gram
         damped.diagonal().add_(config.admm_ridge + config.admm_penalty)
         lower, failed = torch.linalg.cholesky_ex(damped)
         if failed or not bool(torch.isfinite(lower).all()):
@@ -99,6 +104,7 @@ def _inverse(fitting: InputStats, gram: Tensor, config: Config) -> Tensor:
                 "the Gram matrix of the calibration tokens is not positive; check the activations "
                 "with `llmsqueeze eval`, or use a larger --admm-ridge"
             )
+        del damped
         fitting.memo[key] = torch.cholesky_inverse(lower)
     inverse: Tensor = fitting.memo[key]
     return inverse

@@ -22,7 +22,7 @@ class Quadratic(NamedTuple):
 
     def value(self, z: Tensor) -> Tensor:
         """[out]: each row's objective."""
-        return (z * (z @ self.gram - 2 * self.product)).sum(dim=1)
+        return (z @ self.gram).sub_(self.product, alpha=2).mul_(z).sum(dim=1)
 
     def ridged(self, anchor: Tensor, ridge: float) -> Quadratic:
         """With ridge · mean(diag G) · ‖Z - anchor‖² added. anchor: [out, in] fp32."""
@@ -48,36 +48,43 @@ def masked_pcg(
     judge: the same objective on other tokens; each row then stops where its judged value was lowest,
     which is never above that of `start`.
     """
+    # In place throughout: large blocks are mapped anew each time, which takes longer than a sum.
     kept = keep.to(start.dtype)
     z = start * kept
     inverse = problem.gram.diagonal().clamp_min(torch.finfo(start.dtype).tiny).reciprocal()
-    residual = (problem.product - z @ problem.gram) * kept
+    residual = (z @ problem.gram).neg_().add_(problem.product).mul_(kept)
     direction = residual * inverse
-    energy = (residual * direction).sum(dim=1, keepdim=True)
+    change, space = torch.empty_like(z), torch.empty_like(z)
+
+    def products(a: Tensor, b: Tensor) -> Tensor:
+        """[out, 1]: of each row of one with that of the other."""
+        return torch.mul(a, b, out=space).sum(dim=1, keepdim=True)
+
+    energy = products(residual, direction)
     enough = CONVERGED * energy
     best, best_value, best_step = z, None, torch.zeros_like(energy)
     if judge is not None:
-        best_value = judge.value(z).unsqueeze(1)
+        best, best_value = z.clone(), judge.value(z).unsqueeze(1)
     for step in range(1, steps + 1):
-        change = (direction @ problem.gram) * kept
-        curvature = (direction * change).sum(dim=1, keepdim=True)
+        torch.mm(direction, problem.gram, out=change).mul_(kept)
+        curvature = products(direction, change)
         # A solved row stays where it is: what is left of its residual is rounding, and steps along
         # that would lead anywhere.
         moving = (energy > enough) & (curvature > 0)
         length = torch.where(moving, energy / curvature, torch.zeros_like(energy))
-        z = z + length * direction
-        residual = residual - length * change
-        scaled = residual * inverse
-        following = (residual * scaled).sum(dim=1, keepdim=True)
+        z.addcmul_(length, direction)
+        residual.addcmul_(length, change, value=-1)
+        scaled = torch.mul(residual, inverse, out=change)
+        following = products(residual, scaled)
         turn = torch.where(moving, following / energy, torch.zeros_like(energy))
-        direction = scaled + turn * direction
+        direction.mul_(turn).add_(scaled)
         energy = following
         if judge is None or best_value is None:
-            best, best_step = z, torch.full_like(energy, step)
+            best_step = torch.full_like(energy, step)
             continue
         value = judge.value(z).unsqueeze(1)
         better = value < best_value
-        best = torch.where(better, z, best)
+        torch.where(better, z, best, out=best)
         best_value = torch.where(better, value, best_value)
         best_step = torch.where(better, torch.full_like(energy, step), best_step)
     return Solution(best, float(best_step.mean()))
