@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -88,6 +88,7 @@ def walk(
     batch: int = 0,
     order: str = "group",
     *,
+    sites: Set[str] | None = None,
     dense_share: float = 0.0,
     held_out: int = 0,
     start: Boundary = BEGINNING,
@@ -97,7 +98,8 @@ def walk(
     """For each block: load, gather `needs`, yield to the caller, propagate, free.
 
     tokens: [samples, seqlen] int64, or None when no statistics are needed. dtype: of the
-    computation. batch: samples per pass, 0 for what suits the device. held_out: the last so many
+    computation. batch: samples per pass, 0 for what suits the device. sites: linears that are asked for; of
+    none of a group, it is not measured, and does not come up. held_out: the last so many
     samples are summed apart too (InputStats.held_out). dense_share: see InputStats. start: the boundary to go
     on from. team: the ranks that share the samples; all get all sums, and must set the same weights. parking:
     where activations wait between blocks.
@@ -134,8 +136,8 @@ def walk(
     ):
         prefix, tensors, run = loaded.prefix, loaded.tensors, loaded.run
         if run is None:
-            sites = (Site(prefix + n, tensors[f"{prefix}{n}.weight"], None) for n in loaded.linears)
-            yield BlockStep(loaded.index, tensors, iter([list(sites)]), None, loaded.after)
+            plain = (Site(prefix + n, tensors[f"{prefix}{n}.weight"], None) for n in loaded.linears)
+            yield BlockStep(loaded.index, tensors, iter([list(plain)]), None, loaded.after)
             continue
         # Blocks with the same linears group them alike: one block of each kind is probed.
         kind = tuple(loaded.linears)
@@ -145,7 +147,7 @@ def walk(
             run=run,
             dense=loaded.twin,
             split=split,
-            groups=groups_of[kind],
+            groups=_asked(groups_of[kind], prefix, sites),
             residuals=checkpoint.residuals,
             needs=needs,
             dense_share=dense_share,
@@ -155,6 +157,12 @@ def walk(
         yield BlockStep(loaded.index, tensors, groups, loaded.model, loaded.after)
         for _ in measured:
             raise RuntimeError(f"block {loaded.index}: the caller left sites behind")
+
+
+def _asked(groups: list[list[str]], prefix: str, sites: Set[str] | None) -> list[list[str]]:
+    if sites is None:
+        return groups
+    return [names for names in groups if any(prefix + name in sites for name in names)]
 
 
 # Site names of input groups with their statistics, of those that are complete at one time.
@@ -178,7 +186,7 @@ def _sites(
             for name in names:
                 weight = tensors[f"{prefix}{name}.weight"]
                 sites.append(Site(prefix + name, weight, stats, name in experts))
-        del stats
+            del stats
         complete.clear()  # whoever takes the sites lets go of their statistics
         yield sites
 
@@ -223,7 +231,10 @@ class _Measure:
     @torch.no_grad()
     def two_passes(self) -> Iterator[_Measured]:
         """Measure every group on the uncompressed block, yield them, then propagate."""
-        yield self._all_summed()
+        if self.groups:
+            yield self._all_summed()
+        else:
+            self._all_summed()  # the twin goes on
         if not self.run.last:
             for rows in self.split.batches:
                 self.run.propagate(rows)

@@ -260,6 +260,7 @@ class Pruning:
             self.device,
             batch,
             recipe.order,
+            sites=self._sites,
             dense_share=recipe.dense_share if "product" in needs else 0.0,
             held_out=plan.held_out_samples(recipe),
             start=start,

@@ -18,7 +18,7 @@ from llmsqueeze.checkpoint import Checkpoint, PackedSource
 from llmsqueeze.kv_calibration import DRAWS, QUERIES
 from llmsqueeze.numerics.kmeans import BINS
 from llmsqueeze.numerics.stats import PROBE_TOKENS
-from llmsqueeze.recipe import PruneRecipe
+from llmsqueeze.recipe import PruneRecipe, is_ignored
 from llmsqueeze.shards import SHARD_BYTES
 from llmsqueeze.traffic import stored_bytes
 
@@ -78,7 +78,7 @@ def prune_bytes(checkpoint: Checkpoint, recipe: PruneRecipe, walk: Walk, held_ou
     hidden = _hidden(checkpoint)
     between = walk.waiting * hidden * walk.item
     weights = _block_weights(checkpoint) * walk.item * walk.followed
-    groups = _groups(checkpoint)
+    groups = _groups(checkpoint, recipe.ignore)
     of_each = min(PROBE_TOKENS, walk.seqlen)
     probe = (held_out or walk.samples) * of_each
     probes = probe * walk.item
@@ -227,8 +227,9 @@ def _solver(group: _Group, recipe: PruneRecipe, probe: int) -> int:
     return max(steps)
 
 
-def _groups(checkpoint: Checkpoint) -> list[_Group]:
+def _groups(checkpoint: Checkpoint, ignore: tuple[str, ...] = ()) -> list[_Group]:
     """Input groups of the first block: linears of one width under one parent, in the order of the model.
+    Those of which every block's are ignored are left out.
 
     Where a forward enters the first of a parent's linears it holds that parent's input beside the residual
     stream; where it enters the last, in attention, also queries, keys and values.
@@ -237,17 +238,20 @@ def _groups(checkpoint: Checkpoint) -> list[_Group]:
     linears = checkpoint.linears(0)
     # The last one under its parent that puts out the residual stream's width writes to it.
     last = {n.rpartition(".")[0]: n for n, m in linears.items() if m.out_features == hidden}
-    found: dict[tuple[str, bool], list[nn.Linear]] = {}
+    found: dict[tuple[str, bool], dict[str, nn.Linear]] = {}
     for name, module in linears.items():
         parent = name.rpartition(".")[0]
-        found.setdefault((parent, last.get(parent) == name), []).append(module)
+        found.setdefault((parent, last.get(parent) == name), {})[name] = module
     groups = []
-    for (parent, writes), modules in found.items():
+    for (parent, writes), named in found.items():
+        if not any(_is_asked(checkpoint, name, ignore) for name in named):
+            continue
+        modules = list(named.values())
         width = max(m.in_features for m in modules)
         entered = 2 * hidden
         if writes:
             attention = "attn" in parent or "attention" in parent
-            before = found.get((parent, False), [])
+            before = list(found.get((parent, False), {}).values())
             entered = hidden + width
             if attention:
                 entered += sum(m.out_features for m in before)
@@ -257,6 +261,16 @@ def _groups(checkpoint: Checkpoint) -> list[_Group]:
             _Group(width, max(m.out_features for m in modules), entered, hidden if writes else 0)
         )
     return groups
+
+
+def _is_asked(checkpoint: Checkpoint, name: str, ignore: tuple[str, ...]) -> bool:
+    """Whether some block has a linear like this one of the first that is not ignored."""
+    path = checkpoint.blocks_path
+    within = name.removeprefix(f"{path}.0.")
+    return any(
+        not is_ignored(f"{path}.{index}.{within}", ignore)
+        for index in range(checkpoint.block_count)
+    )
 
 
 def _inside(checkpoint: Checkpoint) -> int:

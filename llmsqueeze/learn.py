@@ -42,7 +42,7 @@ def learn_masks(
     benefits: dict[str, Tensor] = {}
     config = tile_benefit.Config()
     needs = tile_benefit.needs(config)
-    for block in walk(checkpoint, tokens, needs, dtype, device, batch, "block"):
+    for block in walk(checkpoint, tokens, needs, dtype, device, batch, "block", sites=sites):
         seen = {s.name: (s.weight, s.stats) for s in block.sites if s.name in sites}
         measured = tile_benefit.measure(seen, recipe.target, config)
         for name, (weight, stats) in seen.items():

@@ -154,6 +154,7 @@ def allocate(
         device,
         batch,
         "block",
+        sites=sites,
         start=trail.start,
         team=team,
         parking=parking,

@@ -122,6 +122,41 @@ def test_walk_reproduces_the_forward_and_hooks(
 
 
 @families
+@pytest.mark.parametrize("order", ["group", "block"])
+def test_what_nobody_asks_for_is_not_measured(tiny: Tiny, family: str, order: str) -> None:
+    """And what is asked for is measured as if all had been; of the second block nothing is."""
+    checkpoint, ids = Checkpoint(tiny(family)), tokens()
+    every = [name for i in range(checkpoint.block_count) for name in checkpoint.linears(i)]
+    asked = set(every[::3]) - set(checkpoint.linears(1))
+    assert asked
+    found: list[dict[str, Tensor]] = []
+    for sites in (None, asked):
+        grams: dict[str, Tensor] = {}
+        for step in walk(
+            checkpoint,
+            ids,
+            BOTH | {"product"},
+            torch.float32,
+            CPU,
+            2,
+            order,
+            sites=sites,
+            dense_share=0.5,
+        ):
+            for group in step.groups:
+                assert sites is None or {site.name for site in group} & asked
+                for site in group:
+                    assert site.stats is not None
+                    if site.name in asked:
+                        grams[site.name] = torch.cat((site.stats.gram, site.stats.cross))
+                        step.replace(site, site.weight * 0.5)
+        found.append(grams)
+    assert found[0].keys() == found[1].keys() == asked
+    for name, gram in found[0].items():
+        assert torch.equal(gram, found[1][name]), name
+
+
+@families
 def test_compressed_prefix_feeds_the_next_block(tiny: Tiny, family: str) -> None:
     """With real pruning, the inputs of the last block equal those of the really pruned model."""
     path, ids = tiny(family), tokens()

@@ -61,6 +61,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "refit": {"method": "wanda", "refit": "pcg", "dense_share": 0.0},
     "default": {},
     "default, order block": {"order": "block"},
+    "default, no down_proj": {"ignore": ["down_proj"]},
 }
 
 
