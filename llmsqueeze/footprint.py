@@ -229,7 +229,7 @@ def _solver(group: _Group, recipe: PruneRecipe, probe: int) -> int:
 
 def _groups(checkpoint: Checkpoint, ignore: tuple[str, ...] = ()) -> list[_Group]:
     """Input groups of the first block: linears of one width under one parent, in the order of the model.
-    Those of which every block's are ignored are left out.
+    Those of which every block's are ignored are left out, unless none is left: later blocks then have others.
 
     Where a forward enters the first of a parent's linears it holds that parent's input beside the residual
     stream; where it enters the last, in attention, also queries, keys and values.
@@ -242,10 +242,8 @@ def _groups(checkpoint: Checkpoint, ignore: tuple[str, ...] = ()) -> list[_Group
     for name, module in linears.items():
         parent = name.rpartition(".")[0]
         found.setdefault((parent, last.get(parent) == name), {})[name] = module
-    groups = []
+    groups, asked = [], []
     for (parent, writes), named in found.items():
-        if not any(_is_asked(checkpoint, name, ignore) for name in named):
-            continue
         modules = list(named.values())
         width = max(m.in_features for m in modules)
         entered = 2 * hidden
@@ -260,7 +258,9 @@ def _groups(checkpoint: Checkpoint, ignore: tuple[str, ...] = ()) -> list[_Group
         groups.append(
             _Group(width, max(m.out_features for m in modules), entered, hidden if writes else 0)
         )
-    return groups
+        if any(_is_asked(checkpoint, name, ignore) for name in named):
+            asked.append(groups[-1])
+    return asked or groups
 
 
 def _is_asked(checkpoint: Checkpoint, name: str, ignore: tuple[str, ...]) -> bool:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from llmsqueeze import footprint
 from llmsqueeze.checkpoint import Checkpoint
 from llmsqueeze.compress import Pruning
-from llmsqueeze.plan import held_out_samples
+from llmsqueeze.plan import choose_sites, held_out_samples
 from llmsqueeze.recipe import PruneRecipe
 from llmsqueeze.work import Work
 
@@ -92,3 +92,14 @@ def test_pruning_holds_what_is_said(
     walk = footprint.Walk.of(64, 40, 0, torch.float32, device, followed)
     said = footprint.prune_bytes(checkpoint, recipe, walk, held_out_samples(recipe))
     assert said == pytest.approx(live.most, rel=0.2)
+
+
+def test_all_of_the_first_block_may_be_ignored(tiny: Tiny) -> None:
+    """Where another has linears of other names: here one block's MLP is no mixture."""
+    checkpoint = Checkpoint(tiny("qwen3_moe"))
+    recipe = PruneRecipe.from_dict({"ignore": ["re:experts", "re:self_attn"]})
+    assert choose_sites(checkpoint, recipe) == {
+        f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")
+    }
+    walk = footprint.Walk.of(4, 8, 0, torch.float32, torch.device("cpu"))
+    assert footprint.prune_bytes(checkpoint, recipe, walk, 0) > 0
