@@ -147,6 +147,14 @@ def test_tokens_are_coded_into_tiles_as_on_the_cpu(case: int) -> None:
             (sinks[0], sinks[1]),
         )  # fmt: skip
         found.append((tiles.cpu(), sinks.cpu()))
+    # Several at a time, as of a prompt: the same bytes.
+    for step in (COUNT, 14):
+        several, again = torch.zeros_like(tiles), torch.zeros_like(sinks)
+        one_by_one(
+            key.cuda(), value.cuda(), several, format, known, padding.cuda(), (again[0], again[1]),
+            step=step,
+        )  # fmt: skip
+        assert torch.equal(several, tiles) and torch.equal(again, sinks)
     assert torch.equal(found[0][1], found[1][1])
     fields = [read_fields(tiles, format) for tiles, _ in found]
     # Computed in fp32 instead of fp64: what lies at a border may be coded to either side.
@@ -278,6 +286,9 @@ def test_tokens_are_coded_into_a_ring_as_on_the_cpu(case: int) -> None:
         known = constants(keys, values, format, 4, device)
         one_by_one(key.to(device), value.to(device), tiles, format, known, window=16)
         found.append(read_fields(tiles.cpu(), format))
+    several = torch.zeros_like(tiles)
+    one_by_one(key.cuda(), value.cuda(), several, format, known, window=16, step=15)
+    assert torch.equal(several, tiles)
     for one, two in zip(found[0].all()[:2], found[1].all()[:2], strict=True):
         assert float((one != two).float().mean()) < 4e-3
     for name in ("key_channels", "value_channels"):

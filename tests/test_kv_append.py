@@ -1,4 +1,4 @@
-"""Appending one token at a time: the operator against the codecs that wrote all of them at once."""
+"""Appending tokens: the operator against the codecs that wrote all of them at once."""
 
 from __future__ import annotations
 
@@ -83,13 +83,15 @@ CASES = [
 def one_by_one(
     key: Tensor, value: Tensor, tiles: Tensor, format: TileFormat, known: dict[str, Any],
     padding: Tensor | None = None, sinks: tuple[Tensor, Tensor] | tuple[None, None] = (None, None),
-    append: Callable[..., None] = torch.ops.llmsqueeze.kv_append, window: int = 0,
+    append: Callable[..., None] = torch.ops.llmsqueeze.kv_append, window: int = 0, step: int = 1,
 ) -> None:  # fmt: skip
+    """Or so many tokens at a time."""
     length = torch.zeros(1, dtype=torch.int32, device=key.device)
-    for token in range(key.shape[2]):
-        length += 1
+    for token in range(0, key.shape[2], step):
+        some = slice(token, token + step)
+        length += key[:, :, some].shape[2]
         append(
-            key[:, :, token : token + 1], value[:, :, token : token + 1], tiles, length, padding,
+            key[:, :, some], value[:, :, some], tiles, length, padding,
             known["books"], known["offset"], known["scale"], known["order"], known["steps"],
             known["angles"], *sinks, format.arguments(), window,
         )  # fmt: skip
@@ -107,7 +109,7 @@ def test_tokens_are_coded_as_all_at_once(
     key, value = torch.randn(2, 2, HEADS, COUNT, width).bfloat16()
     padding = torch.tensor([0, 5], dtype=torch.int32)
     tiles = format.empty(2, HEADS, COUNT, torch.device("cpu"))
-    expected = tiles.clone()
+    expected, several = tiles.clone(), tiles.clone()
     known = constants(keys, values, format, tiles.shape[2])
     arriving = key.float()
     if keys.pre_rope:
@@ -117,6 +119,11 @@ def test_tokens_are_coded_as_all_at_once(
         arriving = unrotate(arriving, cos, sin)
     sinks = torch.zeros(2, 2, HEADS, 4, width).bfloat16()
     one_by_one(key, value, tiles, format, known, padding, (sinks[0], sinks[1]), append)
+    again = torch.zeros_like(sinks)
+    one_by_one(
+        key, value, several, format, known, padding, (again[0], again[1]), append, step=14
+    )  # fmt: skip
+    assert torch.equal(several, tiles) and torch.equal(again, sinks)
     kv_tiles.write(expected, format, 0, keys.encode(arriving), values.encode(value))
     for x, kept in zip((key, value), sinks, strict=True):
         assert torch.equal(kept[0], x[0, :, :4]) and torch.equal(kept[1], x[1, :, 5:9])
@@ -141,6 +148,9 @@ def test_a_window_keeps_the_last_tiles(
     one_by_one(key, value, whole, format, known, append=append)
     ring = format.empty(1, HEADS, 32, torch.device("cpu"))
     one_by_one(key, value, ring, format, known, append=append, window=16)
+    several = torch.zeros_like(ring)
+    one_by_one(key, value, several, format, known, append=append, window=16, step=15)
+    assert torch.equal(several, ring)
     assert torch.equal(ring[:, :, 1], whole[:, :, 1])
     # Of the newest tile, which lies where the first was, what is new.
     found, wanted = (

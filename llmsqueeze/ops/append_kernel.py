@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmsqueeze.errors import EnvironmentFault
-from llmsqueeze.numerics.kv_tiles import TileFormat
+from llmsqueeze.numerics.kv_tiles import TOKENS, TileFormat
 from llmsqueeze.ops import cuda
 from llmsqueeze.ops.kv_kernels import most_tiles
 from llmsqueeze.ops.operands import half
@@ -21,7 +21,7 @@ def kv_append(
 ) -> None:  # fmt: skip
     """EnvironmentFault where there is no kernel for it. Traps where the tiles are full."""
     form = TileFormat.from_arguments(format)
-    batch, kv_heads, _, _ = key.shape
+    batch, kv_heads, count, _ = key.shape
     capacity = tiles.shape[2]
     sinks = 0 if key_sinks is None else key_sinks.shape[2]
     fine = key.dtype.itemsize == 2 and key.dtype == value.dtype and kv_heads <= _MOST_HEADS
@@ -35,8 +35,10 @@ def kv_append(
         "kv_append", macros, key,
         (key.contiguous(), value.contiguous(), tiles, length, padding, books, offset, scale, order,
          steps, angles, key_sinks, value_sinks, each, capacity, kv_heads,
-         sinks, limit),
-        grid=(batch * kv_heads, 1), block=128, shared=4 * (3 * form.width + each),
+         sinks, limit, count),
+        # Tokens may begin in the last place of a tile.
+        grid=((count + 2 * TOKENS - 2) // TOKENS, batch * kv_heads), block=128,
+        shared=4 * (3 * form.width + each),
     )  # fmt: skip
 
 

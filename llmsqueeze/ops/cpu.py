@@ -282,15 +282,19 @@ def kv_append(
         s.dtype != key.dtype for s in written[1:]
     ):
         raise ValueError("kv_append: tiles and sinks in one piece, sinks of the key's dtype")
-    key, value = _whole(key), _whole(value.to(key.dtype))
+    count = key.shape[2]
+    # Token after token: [tokens, batch, heads, D].
+    key, value = (_whole(x.to(key.dtype).permute(2, 0, 1, 3)) for x in (key, value))
     start = None if padding is None else _whole(padding.int())
     given = [None if t is None else _whole(t) for t in (books, offset, scale, order, steps, angles)]
-    _library().llmsqueeze_kv_append(
-        key.data_ptr(), value.data_ptr(), tiles.data_ptr(), tokens - 1, _address(start),
-        *(_address(t) for t in (*given, key_sinks, value_sinks)), _fields(format), batch, heads,
-        tiles.shape[2], 0 if key_sinks is None else key_sinks.shape[2],
-        0 if steps is None else steps.shape[1], _KINDS[key.dtype],
-    )  # fmt: skip
+    for index in range(count):
+        _library().llmsqueeze_kv_append(
+            key[index].data_ptr(), value[index].data_ptr(), tiles.data_ptr(), tokens - count + index,
+            _address(start), *(_address(t) for t in (*given, key_sinks, value_sinks)),
+            _fields(format), batch, heads, tiles.shape[2],
+            0 if key_sinks is None else key_sinks.shape[2], 0 if steps is None else steps.shape[1],
+            _KINDS[key.dtype],
+        )  # fmt: skip
 
 
 def _check_tiles(

@@ -1,4 +1,4 @@
-"""Coding one new token's key and value into tiles: what its kernel is to compute."""
+"""Coding new tokens' keys and values into tiles: what its kernel is to compute."""
 
 from __future__ import annotations
 
@@ -35,17 +35,30 @@ def kv_append(
     steps: Tensor | None, angles: Tensor | None, key_sinks: Tensor | None, value_sinks: Tensor | None,
     format: list[int], window: int = 0,
 ) -> None:  # fmt: skip
-    """Code the newest token, as kv_codecs would, and put it into tiles; into the sinks too, if it is one.
+    """Code the newest tokens, as kv_codecs would, and put them into tiles; into the sinks too, if they are.
 
-    key, value: [batch, kv heads, 1, D], the key after the rotary embedding; length: [1] int32 on the device,
-    how many tokens are cached, this one included; books: of encoding_books(), None for fp8. Of keys by
-    channel: offset and scale, [kv heads, D] fp32, and angles: see coding_angles(); order and steps: see
-    feedback_constants(), None for none. tiles, length, padding, key_sinks, value_sinks, format, window: as
-    in kv_attend. On CUDA all is computed in fp32, here what kv_codecs computes in fp64 is: a number at a
-    border may be coded to either side.
+    key, value: [batch, kv heads, tokens, D], keys after the rotary embedding; length: [1] int32 on the
+    device, how many tokens are cached, these included, and no more of them than tiles hold; books: of
+    encoding_books(), None for fp8. Of keys by channel: offset and scale, [kv heads, D] fp32, and angles: see
+    coding_angles(); order and steps: see feedback_constants(), None for none. tiles, length, padding,
+    key_sinks, value_sinks, format, window: as in kv_attend. On CUDA all is computed in fp32, here what
+    kv_codecs computes in fp64 is: a number at a border may be coded to either side.
     """
+    for behind in range(key.shape[2] - 1, -1, -1):
+        at = key.shape[2] - 1 - behind
+        _one(
+            key[:, :, at : at + 1], value[:, :, at : at + 1], tiles, (length - 1 - behind).long(), padding,
+            books, offset, scale, order, steps, angles, key_sinks, value_sinks, format, window,
+        )  # fmt: skip
+
+
+def _one(
+    key: Tensor, value: Tensor, tiles: Tensor, slot: Tensor, padding: Tensor | None,
+    books: Tensor | None, offset: Tensor | None, scale: Tensor | None, order: Tensor | None,
+    steps: Tensor | None, angles: Tensor | None, key_sinks: Tensor | None, value_sinks: Tensor | None,
+    format: list[int], window: int,
+) -> None:  # fmt: skip
     shape = TileFormat.from_arguments(format)
-    slot = (length - 1).long()
     position = slot if padding is None else slot - padding.long()
     keys: Codec
     values: Codec

@@ -31,7 +31,7 @@ from llmsqueeze.runtime.positions import Rope, rope_of
 from llmsqueeze.runtime.prompts import check_positions, padding_of
 from llmsqueeze.runtime.spans import Span, spans
 
-# Tokens of a prompt that are coded at a time: fp64 intermediates of more would be large.
+# Tokens of a prompt that are coded at a time by torch: fp64 intermediates of more would be large.
 _AT_ONCE = 2048
 
 
@@ -147,10 +147,7 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
             both = zip(self._unpacked(), (key_states, value_states), strict=True)
             keys, values = (torch.cat(parts, dim=2) for parts in both)
             return keys, values
-        torch.ops.llmsqueeze.kv_append(
-            key_states, value_states, self.tiles, shared.length, shared.padding, *self._coding,
-            *self.sinks, self.form.arguments(), self.window,
-        )  # fmt: skip
+        self._append(key_states, value_states)
         shared.hub.active = self
         return key_states, value_states
 
@@ -292,6 +289,13 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
             found.append((place, rows, slots[rows]))
         return found
 
+    def _append(self, keys: Tensor, values: Tensor) -> None:
+        """Code these, the newest tokens."""
+        torch.ops.llmsqueeze.kv_append(
+            keys, values, self.tiles, self.shared.length, self.shared.padding, *self._coding,
+            *self.sinks, self.form.arguments(), self.window,
+        )  # fmt: skip
+
     def _code(self, keys: Tensor, values: Tensor) -> None:
         """The tokens of a piece, or those of them that a window still sees."""
         before, end = self.shared.before, self.shared.before + keys.shape[2]
@@ -307,6 +311,10 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
             keys, values = (x.masked_fill(hidden, 0) for x in (keys, values))
         held = self.tiles.shape[2] * TOKENS
         begin = max(before, -(-end // TOKENS) * TOKENS - held)
+        if keys.is_cuda:
+            self._append(keys[:, :, begin - before :], values[:, :, begin - before :])
+            return
+        # On a CPU torch is faster with many tokens than the kernel.
         while begin < end:
             # Up to where the ring begins again.
             stop = min(end, begin + _AT_ONCE, begin // held * held + held)
