@@ -25,14 +25,15 @@ constexpr int64_t GROUP = 64;   // columns that x is filled up to
 constexpr int64_t PIECE = 32;   // columns that are expanded together
 constexpr int MOST = 8;         // tokens whose sums stay in registers, at most
 constexpr int SIDE = 4;         // rows side by side, at most
-constexpr int64_t NEAR = 2048;  // bytes of values that are asked for ahead, of one row
+// Bytes that are asked for ahead: of the values of a row by itself, of some side by side, of many by tiles; of their masks.
+constexpr int64_t NEAR = 2048, NEAR_SIDE = 512, NEAR_TILES = 1024, NEAR_MASK = 128;
 
-// A row. far: bytes from its values to those of the row that comes in its place, asked for meanwhile where several go side
-// by side; far_mask: of masks.
+// A row. size: bytes of its values; far: from them to those of the row that comes in its place, asked for meanwhile where
+// several go side by side; far_mask: of masks.
 struct Strip {
     const void* values;
     const uint8_t* mask;
-    int64_t far, far_mask;
+    int64_t size, far, far_mask;
 };
 
 // Some rows times some tokens: sums is [rows][tokens]. x: as `arrange` leaves it; bytes: of a row's mask. Where weights
@@ -127,10 +128,14 @@ WITH_AVX512 void rows_avx512(const Strip* strips, const float* x, int64_t pitch,
         for (int r = 0; r < ROWS; r++) {
             uint32_t m = last[r];
             if (MASKED && byte + 4 <= bytes) std::memcpy(&m, strips[r].mask + byte, 4);
+            // From memory those that come next, from the second cache what is near.
             _mm_prefetch((const char*)values[r] + strips[r].far, _MM_HINT_T1);
             if (KIND == FP32) _mm_prefetch((const char*)values[r] + strips[r].far + 64, _MM_HINT_T1);
-            if (MASKED && byte % 64 == 0)
+            _mm_prefetch((const char*)values[r] + NEAR_SIDE, _MM_HINT_T0);
+            if (MASKED && byte % 64 == 0) {
                 _mm_prefetch((const char*)strips[r].mask + byte + strips[r].far_mask, _MM_HINT_T1);
+                _mm_prefetch((const char*)strips[r].mask + byte + 64, _MM_HINT_T0);
+            }
             values[r] = MASKED ? expand32_avx512<KIND>(values[r], m, w[r]) : load32_avx512<KIND>(values[r], w[r]);
         }
         for (int t = 0; t < TOKENS; t++)
@@ -340,7 +345,8 @@ void set_up(const Weight& weight, int64_t row, int rows, int64_t columns, int64_
     for (int r = 0; r < rows; r++) {
         const int64_t at = row + r, next = at + rows < weight.rows ? at + rows : at;
         if (!weight.mask) {
-            strips[r] = {(const char*)weight.values + at * columns * size, nullptr, (next - at) * columns * size, 0};
+            strips[r] = {(const char*)weight.values + at * columns * size, nullptr, columns * size,
+                         (next - at) * columns * size, 0};
             continue;
         }
         const int64_t begin = weight.offsets[at], end = weight.offsets[at + 1];
@@ -350,7 +356,8 @@ void set_up(const Weight& weight, int64_t row, int rows, int64_t columns, int64_
             std::memcpy(copies[r].data(), from, (end - begin) * size);
             from = copies[r].data();
         }
-        strips[r] = {from, weight.mask + at * bytes, (weight.offsets[next] - begin) * size, (next - at) * bytes};
+        strips[r] = {from, weight.mask + at * bytes, (end - begin) * size, (weight.offsets[next] - begin) * size,
+                     (next - at) * bytes};
     }
 }
 
@@ -430,8 +437,8 @@ int tile(const float* x, std::vector<uint16_t>& found, int64_t tokens, int64_t c
 
 struct alignas(64) Layout {
     uint8_t palette = 1, start = 0, reserved[14] = {};
-    uint16_t bytes[16] = {64, 64, 64, 64, 64};
-    uint8_t rows[16] = {16, 16, 16, 16, 16};
+    uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16};
 };
 
 // DOWN rows, or fewer, times up to 16 tokens; seen: those, as `tile` leaves them. sums: [DOWN][ACROSS].
@@ -441,15 +448,23 @@ WITH_AMX void tiles_times(const Strip* strips, int rows, const uint16_t* seen, i
     // By turns: what is expanded now is multiplied beside what is expanded next, once it has left for the cache.
     alignas(64) uint16_t dense[2][AHEAD][DOWN][PIECE];
     if (rows < DOWN) std::memset(dense, 0, sizeof dense);
-    const uint16_t* values[DOWN];
-    for (int r = 0; r < rows; r++) values[r] = (const uint16_t*)strips[r].values;
+    const uint16_t *values[DOWN], *end[DOWN];
+    for (int r = 0; r < rows; r++) {
+        values[r] = (const uint16_t*)strips[r].values;
+        end[r] = values[r] + strips[r].size / 2;
+    }
     static const Layout layout;
     _tile_loadconfig(&layout);
     _tile_zero(0);
     _tile_zero(1);
+    _tile_zero(5);
+    _tile_zero(6);
     for (int64_t begin = 0; begin < pieces + AHEAD; begin += AHEAD) {
         const int now = begin / AHEAD % 2;
         const int some = (int)(begin >= pieces ? 0 : pieces - begin < AHEAD ? pieces - begin : AHEAD);
+        // Of every row's mask what comes soon, in it or in that of the row in its place.
+        int64_t soon = begin * 4 + NEAR_MASK;
+        if (soon >= bytes) soon += strips->far_mask - bytes;
         for (int r = 0; r < DOWN; r++) {
             if (some && r < rows) {
                 const uint16_t* from = values[r];
@@ -461,8 +476,10 @@ WITH_AMX void tiles_times(const Strip* strips, int rows, const uint16_t* seen, i
                     else
                         std::memcpy(masks, m, bytes - begin * 4);
                 }
-                _mm_prefetch((const char*)from + NEAR / 2, _MM_HINT_T1);
-                _mm_prefetch((const char*)from + NEAR / 2 + 64, _MM_HINT_T1);
+                const char* ask = (const char*)from + NEAR_TILES;
+                if (ask >= (const char*)end[r]) ask += strips[r].far - strips[r].size;
+                for (int line = 0; line < (MASKED ? 2 : 4); line++) _mm_prefetch(ask + 64 * line, _MM_HINT_T1);
+                if (MASKED && begin * 4 % 64 == 0) _mm_prefetch((const char*)strips[r].mask + soon, _MM_HINT_T1);
                 for (int i = 0; i < some; i++) {
                     const __m512i w = _mm512_loadu_si512(from);
                     _mm512_store_si512(dense[now][i][r], MASKED ? _mm512_maskz_expand_epi16(masks[i], w) : w);
@@ -476,13 +493,24 @@ WITH_AMX void tiles_times(const Strip* strips, int rows, const uint16_t* seen, i
             _tile_loadd(3, dense[1 - now][piece % AHEAD][16], 64);
             for (int part = 0; part < parts; part++) {
                 _tile_loadd(4, seen + (piece * parts + part) * PIECE * ACROSS, 64);
-                _tile_dpbf16ps(0, 2, 4);
-                _tile_dpbf16ps(1, 3, 4);
+                if (part == 0) {
+                    _tile_dpbf16ps(0, 2, 4);
+                    _tile_dpbf16ps(1, 3, 4);
+                } else {  // sums of their own, so that the large ones are rounded less often
+                    _tile_dpbf16ps(5, 2, 4);
+                    _tile_dpbf16ps(6, 3, 4);
+                }
             }
         }
     }
     _tile_stored(0, sums, 4 * ACROSS);
     _tile_stored(1, sums + 16 * ACROSS, 4 * ACROSS);
+    if (parts > 1) {
+        alignas(64) float rest[DOWN * ACROSS];
+        _tile_stored(5, rest, 4 * ACROSS);
+        _tile_stored(6, rest + 16 * ACROSS, 4 * ACROSS);
+        for (int i = 0; i < DOWN * ACROSS; i++) sums[i] += rest[i];
+    }
     _tile_release();
 }
 
@@ -497,7 +525,8 @@ void linears_by_tiles(const Weight* weights, int64_t count, const float* bias, c
         outputs += weights[w].rows;
         turns += (weights[w].rows + DOWN - 1) / DOWN;
     }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    // Several at a time, since each asks for what the next one needs first.
+#pragma omp parallel for num_threads(threads) schedule(dynamic, rows_at_a_time(turns, threads))
     for (int64_t turn = 0; turn < turns; turn++) {
         int64_t in = turn, before = 0;
         const Weight* weight = weights;
