@@ -138,25 +138,19 @@ def FAULT(rank):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")
-@pytest.mark.parametrize("method", ["teal", "chess", "rsparse"])
-def test_gpus_give_the_same_gates(
-    tiny: Tiny, calibration: list[object], tmp_path: Path, method: str
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("sparsify", ["--method", method]) for method in ("teal", "chess", "rsparse")]
+    + [("quantize-kv", []), ("quantize-kv", ["--outliers", 0.05, "--bits", 3])],
+)
+def test_gpus_give_the_same_bytes(
+    tiny: Tiny, calibration: list[object], tmp_path: Path, command: str, options: list[object]
 ) -> None:
     """By nccl, and as on one of them."""
-    command = [sys.executable, "-m", "llmsqueeze", "sparsify", tiny(), *calibration]
+    base = [sys.executable, "-m", "llmsqueeze", command, tiny(), *calibration, *options]
     for size in (1, 2):
-        options = [
-            "--method",
-            method,
-            "--device",
-            "cuda",
-            "--gpus",
-            size,
-            "-o",
-            tmp_path / str(size),
-        ]
-        args = [str(a) for a in [*command, *options]]
-        done = subprocess.run(args, capture_output=True, text=True, timeout=300)
+        args = [*base, "--device", "cuda", "--gpus", size, "-o", tmp_path / str(size)]
+        done = subprocess.run([str(a) for a in args], capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr
     assert contents(tmp_path / "2") == contents(tmp_path / "1")
 
