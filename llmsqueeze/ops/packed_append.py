@@ -44,11 +44,11 @@ def kv_append(
     key_sinks, value_sinks, format, window: as in kv_attend. On CUDA all is computed in fp32, here what
     kv_codecs computes in fp64 is: a number at a border may be coded to either side.
     """
-    for behind in range(key.shape[2] - 1, -1, -1):
-        at = key.shape[2] - 1 - behind
+    first = length.long() - key.shape[2]
+    for index, token in enumerate(zip(key.split(1, dim=2), value.split(1, dim=2), strict=True)):
         _one(
-            key[:, :, at : at + 1], value[:, :, at : at + 1], tiles, (length - 1 - behind).long(), padding,
-            books, offset, scale, order, steps, angles, key_sinks, value_sinks, format, window,
+            *token, tiles, first + index, padding, books, offset, scale, order, steps, angles, key_sinks,
+            value_sinks, format, window,
         )  # fmt: skip
 
 

@@ -314,7 +314,7 @@ class TiledLayer(CacheLayerMixin):  # type: ignore[misc]  # untyped in transform
         if keys.is_cuda:
             self._append(keys[:, :, begin - before :], values[:, :, begin - before :])
             return
-        # On a CPU torch is faster with many tokens than the kernel.
+        # The kernel for a CPU has one thread.
         while begin < end:
             # Up to where the ring begins again.
             stop = min(end, begin + _AT_ONCE, begin // held * held + held)
