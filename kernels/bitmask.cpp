@@ -5,8 +5,9 @@
 // offsets: [rows + 1], where rows begin in values. x: [tokens][columns], y: [tokens][rows], fp32 as all sums are.
 //
 // Rows are expanded 32 columns at a time in registers, and each piece meets a few tokens. Several rows go side by side,
-// so that x comes from the second cache once for all of them. bf16 becomes fp32 by its place in a word: columns of even
-// number and of odd number, which x is divided into beforehand.
+// so that x is read once for all of them. They lie apart: each is followed, in memory and in time, by its neighbour, so
+// that a thread reads a few long streams, which the prefetcher of the core keeps up with. bf16 becomes fp32 by its place
+// in a word: with AVX-512 columns of even number and of odd number, which x is divided into beforehand.
 
 #include <cmath>
 #include <new>
@@ -25,15 +26,14 @@ constexpr int64_t GROUP = 64;   // columns that x is filled up to
 constexpr int64_t PIECE = 32;   // columns that are expanded together
 constexpr int MOST = 8;         // tokens whose sums stay in registers, at most
 constexpr int SIDE = 4;         // rows side by side, at most
-// Bytes that are asked for ahead: of the values of a row by itself, of some side by side, of many by tiles; of their masks.
-constexpr int64_t NEAR = 2048, NEAR_SIDE = 512, NEAR_TILES = 1024, NEAR_MASK = 128;
+// Bytes that are asked for ahead of what is read, of values and of masks: by AVX2; by AVX-512 from memory (FAR) and from the
+// second cache; by tiles.
+constexpr int64_t NEAR_AVX2 = 2048, FAR = 2048, FAR_MASK = 1024, NEAR = 512, NEAR_TILES = 512, NEAR_MASK = 64;
 
-// A row. size: bytes of its values; far: from them to those of the row that comes in its place, asked for meanwhile where
-// several go side by side; far_mask: of masks.
+// Where a row begins. mask: null where all weights are there.
 struct Strip {
     const void* values;
     const uint8_t* mask;
-    int64_t size, far, far_mask;
 };
 
 // Some rows times some tokens: sums is [rows][tokens]. x: as `arrange` leaves it; bytes: of a row's mask. Where weights
@@ -79,35 +79,86 @@ const void* expand_portable(const void* from, const uint8_t* mask, void* y, int6
 
 #if X86
 
-// The last bytes of a row's mask where they are no four: nothing is read behind them. Copied before anything else, since
+// The last bytes of a row's mask where they are no eight: nothing is read behind them. Copied before anything else, since
 // a call in a loop would have all sums wait in memory.
-uint32_t last_of(const uint8_t* mask, int64_t bytes) {
-    uint32_t last = 0;
-    std::memcpy(&last, mask + bytes / 4 * 4, bytes % 4);
+uint64_t last_of(const uint8_t* mask, int64_t bytes) {
+    uint64_t last = 0;
+    std::memcpy(&last, mask + bytes / 8 * 8, bytes % 8);
     return last;
 }
 
-template <int KIND, bool MASKED, int TOKENS>
-WITH_AVX2 void row_avx2(const Strip* strip, const float* x, int64_t pitch, int64_t bytes, int, float* sums) {
-    constexpr int CHAINS = TOKENS == 1 ? 4 : 2;
-    __m256 sum[TOKENS][CHAINS];
-    for (int t = 0; t < TOKENS; t++)
-        for (int c = 0; c < CHAINS; c++) sum[t][c] = _mm256_setzero_ps();
-    const void* values = strip->values;
-    const uint32_t last = MASKED ? last_of(strip->mask, bytes) : 0;
-    for (int64_t byte = 0; byte < bytes; byte += 4) {
-        const uint8_t* m = !MASKED || byte + 4 <= bytes ? strip->mask + byte : (const uint8_t*)&last;
-        _mm_prefetch((const char*)values + NEAR, _MM_HINT_T0);
-        __m256 w[4];
-        values = MASKED ? expand32_avx2<KIND>(values, m, w) : load32_avx2<KIND>(values, w);
-        const float* from = x + byte * 8;
-        for (int t = 0; t < TOKENS; t++)
-            for (int i = 0; i < 4; i++)
-                sum[t][i % CHAINS] = _mm256_fmadd_ps(w[i], _mm256_loadu_ps(from + t * pitch + 8 * i), sum[t][i % CHAINS]);
+// 64 columns of some rows, times some tokens.
+template <int KIND, bool MASKED, int ROWS, int TOKENS, int CHAINS>
+WITH_AVX2 inline __attribute__((always_inline)) void columns_avx2(const void* (&values)[ROWS], const uint64_t (&masks)[ROWS],
+                                                                  const float* x, int64_t pitch,
+                                                                  __m256 (&sum)[ROWS][TOKENS][CHAINS]) {
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        uint32_t m[ROWS];
+        for (int r = 0; r < ROWS; r++) m[r] = (uint32_t)(masks[r] >> 32 * half);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) {
+            __m256 w[ROWS];
+            for (int r = 0; r < ROWS; r++)
+                w[r] = MASKED ? eight_avx2<KIND>(values[r], m[r], i) : load8_avx2<KIND>(values[r], i);
+            for (int t = 0; t < TOKENS; t++) {
+                const __m256 seen = _mm256_loadu_ps(x + t * pitch + 32 * half + 8 * i);
+                for (int r = 0; r < ROWS; r++)
+                    sum[r][t][i % CHAINS] = _mm256_fmadd_ps(w[r], seen, sum[r][t][i % CHAINS]);
+            }
+        }
+        for (int r = 0; r < ROWS; r++)
+            values[r] = MASKED ? after_avx2<KIND>(values[r], m[r])
+                               : (const char*)values[r] + 32 * (KIND == FP32 ? 4 : KIND == INT8 ? 1 : 2);
     }
-    for (int t = 0; t < TOKENS; t++) {
-        for (int c = 1; c < CHAINS; c++) sum[t][0] = _mm256_add_ps(sum[t][0], sum[t][c]);
-        sums[t] = total(sum[t][0]);
+}
+
+template <int KIND, bool MASKED, int ROWS, int TOKENS>
+WITH_AVX2 void rows_avx2(const Strip* strips, const float* x, int64_t pitch, int64_t bytes, int, float* sums) {
+    constexpr int CHAINS = TOKENS == 1 ? 4 : TOKENS == 2 ? 2 : 1;  // alike for all numbers of rows
+    __m256 sum[ROWS][TOKENS][CHAINS];
+    const void* values[ROWS];
+    const uint8_t* mask[ROWS];
+    uint64_t here[ROWS], last[ROWS];
+    for (int r = 0; r < ROWS; r++) {
+        values[r] = strips[r].values;
+        mask[r] = strips[r].mask;
+        last[r] = MASKED ? last_of(mask[r], bytes) : 0;
+        for (int t = 0; t < TOKENS; t++)
+            for (int c = 0; c < CHAINS; c++) sum[r][t][c] = _mm256_setzero_ps();
+    }
+    const int64_t whole = bytes / 8 * 8;
+    for (int64_t byte = 0; byte < whole; byte += 8) {
+        for (int r = 0; r < ROWS; r++) {
+            for (int line = 0; line < 2; line++) _mm_prefetch((const char*)values[r] + NEAR_AVX2 + 64 * line, _MM_HINT_T0);
+            if (MASKED) std::memcpy(&here[r], mask[r] + byte, 8);
+        }
+        columns_avx2<KIND, MASKED>(values, here, x + byte * 8, pitch, sum);
+    }
+    if (whole < bytes) columns_avx2<KIND, MASKED>(values, last, x + whole * 8, pitch, sum);
+    for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < TOKENS; t++) {
+            for (int c = 1; c < CHAINS; c++) sum[r][t][0] = _mm256_add_ps(sum[r][t][0], sum[r][t][c]);
+            sums[r * TOKENS + t] = total(sum[r][t][0]);
+        }
+}
+
+// 64 columns of some rows, times some tokens.
+template <int KIND, bool MASKED, int ROWS, int TOKENS, int CHAINS>
+WITH_AVX512 inline __attribute__((always_inline)) void columns_avx512(const void* (&values)[ROWS], const uint64_t (&masks)[ROWS],
+                                                                      const float* x, int64_t pitch,
+                                                                      __m512 (&sum)[ROWS][TOKENS][CHAINS]) {
+    for (int half = 0; half < 2; half++) {
+        __m512 w[ROWS][2];
+        for (int r = 0; r < ROWS; r++)
+            values[r] = MASKED ? expand32_avx512<KIND>(values[r], (uint32_t)(masks[r] >> 32 * half), w[r])
+                               : load32_avx512<KIND>(values[r], w[r]);
+        for (int t = 0; t < TOKENS; t++)
+            for (int i = 0; i < 2; i++) {
+                const __m512 seen = _mm512_loadu_ps(x + t * pitch + 32 * half + 16 * i);
+                for (int r = 0; r < ROWS; r++)
+                    sum[r][t][i % CHAINS] = _mm512_fmadd_ps(w[r][i], seen, sum[r][t][i % CHAINS]);
+            }
     }
 }
 
@@ -116,35 +167,29 @@ WITH_AVX512 void rows_avx512(const Strip* strips, const float* x, int64_t pitch,
     constexpr int CHAINS = TOKENS <= 2 ? 2 : 1;  // alike for all numbers of rows
     __m512 sum[ROWS][TOKENS][CHAINS];
     const void* values[ROWS];
-    uint32_t last[ROWS];
+    const uint8_t* mask[ROWS];
+    uint64_t here[ROWS], last[ROWS];
     for (int r = 0; r < ROWS; r++) {
         values[r] = strips[r].values;
-        last[r] = MASKED ? last_of(strips[r].mask, bytes) : 0;
+        mask[r] = strips[r].mask;
+        last[r] = MASKED ? last_of(mask[r], bytes) : 0;
         for (int t = 0; t < TOKENS; t++)
             for (int c = 0; c < CHAINS; c++) sum[r][t][c] = _mm512_setzero_ps();
     }
-    for (int64_t byte = 0; byte < bytes; byte += 4) {
-        __m512 w[ROWS][2];
+    const int64_t whole = bytes / 8 * 8;
+    for (int64_t byte = 0; byte < whole; byte += 8) {
         for (int r = 0; r < ROWS; r++) {
-            uint32_t m = last[r];
-            if (MASKED && byte + 4 <= bytes) std::memcpy(&m, strips[r].mask + byte, 4);
-            // From memory those that come next, from the second cache what is near.
-            _mm_prefetch((const char*)values[r] + strips[r].far, _MM_HINT_T1);
-            if (KIND == FP32) _mm_prefetch((const char*)values[r] + strips[r].far + 64, _MM_HINT_T1);
-            _mm_prefetch((const char*)values[r] + NEAR_SIDE, _MM_HINT_T0);
-            if (MASKED && byte % 64 == 0) {
-                _mm_prefetch((const char*)strips[r].mask + byte + strips[r].far_mask, _MM_HINT_T1);
-                _mm_prefetch((const char*)strips[r].mask + byte + 64, _MM_HINT_T0);
+            for (int line = 0; line < 2; line++) {
+                _mm_prefetch((const char*)values[r] + FAR + 64 * line, _MM_HINT_T1);
+                _mm_prefetch((const char*)values[r] + NEAR + 64 * line, _MM_HINT_T0);
             }
-            values[r] = MASKED ? expand32_avx512<KIND>(values[r], m, w[r]) : load32_avx512<KIND>(values[r], w[r]);
+            if (!MASKED) continue;
+            if (byte % 64 == 0) _mm_prefetch((const char*)mask[r] + byte + FAR_MASK, _MM_HINT_T1);
+            std::memcpy(&here[r], mask[r] + byte, 8);
         }
-        for (int t = 0; t < TOKENS; t++)
-            for (int i = 0; i < 2; i++) {
-                const __m512 seen = _mm512_loadu_ps(x + t * pitch + byte * 8 + 16 * i);
-                for (int r = 0; r < ROWS; r++)
-                    sum[r][t][i % CHAINS] = _mm512_fmadd_ps(w[r][i], seen, sum[r][t][i % CHAINS]);
-            }
+        columns_avx512<KIND, MASKED>(values, here, x + byte * 8, pitch, sum);
     }
+    if (whole < bytes) columns_avx512<KIND, MASKED>(values, last, x + whole * 8, pitch, sum);
     for (int r = 0; r < ROWS; r++)
         for (int t = 0; t < TOKENS; t++) {
             for (int c = 1; c < CHAINS; c++) sum[r][t][0] = _mm512_add_ps(sum[r][t][0], sum[r][t][c]);
@@ -154,8 +199,10 @@ WITH_AVX512 void rows_avx512(const Strip* strips, const float* x, int64_t pitch,
 
 template <int KIND, bool MASKED>
 Rows rows_of(int isa, int rows, int tokens) {
-    static const Rows avx2[] = {row_avx2<KIND, MASKED, 1>, row_avx2<KIND, MASKED, 2>, row_avx2<KIND, MASKED, 3>,
-                                row_avx2<KIND, MASKED, 4>};
+    static const Rows avx2[][4] = {{rows_avx2<KIND, MASKED, 1, 1>, rows_avx2<KIND, MASKED, 1, 2>,
+                                    rows_avx2<KIND, MASKED, 1, 3>, rows_avx2<KIND, MASKED, 1, 4>},
+                                   {rows_avx2<KIND, MASKED, 2, 1>, rows_avx2<KIND, MASKED, 2, 2>,
+                                    rows_avx2<KIND, MASKED, 2, 3>, rows_avx2<KIND, MASKED, 2, 4>}};
     static const Rows avx512[][8] = {
         {rows_avx512<KIND, MASKED, 1, 1>, rows_avx512<KIND, MASKED, 1, 2>, rows_avx512<KIND, MASKED, 1, 3>,
          rows_avx512<KIND, MASKED, 1, 4>, rows_avx512<KIND, MASKED, 1, 5>, rows_avx512<KIND, MASKED, 1, 6>,
@@ -166,7 +213,7 @@ Rows rows_of(int isa, int rows, int tokens) {
         {rows_avx512<KIND, MASKED, 4, 1>, rows_avx512<KIND, MASKED, 4, 2>, rows_avx512<KIND, MASKED, 4, 3>,
          rows_avx512<KIND, MASKED, 4, 4>}};
     return isa >= AVX512 ? avx512[rows - 1][tokens - 1]
-           : isa == AVX2 ? avx2[tokens - 1]
+           : isa == AVX2 ? avx2[rows - 1][tokens - 1]
                          : row_portable<KIND, MASKED>;
 }
 
@@ -179,14 +226,12 @@ WITH_AVX2 const void* expand_avx2(const void* from, const uint8_t* mask, void* y
             from = (const float*)from + _mm_popcnt_u32(m);
             continue;
         }
-        const __m128i found = expand8((const uint16_t*)from, m);
-        from = (const uint16_t*)from + _mm_popcnt_u32(m);
+        const uint16_t* half = (const uint16_t*)from;
+        from = half + _mm_popcnt_u32(m);
         if (!WIDE)
-            _mm_storeu_si128((__m128i*)((uint16_t*)y + c), found);
-        else if (KIND == FP16)
-            _mm256_storeu_ps((float*)y + c, _mm256_cvtph_ps(found));
+            _mm_storeu_si128((__m128i*)((uint16_t*)y + c), expand8(half, m));
         else
-            _mm256_storeu_si256((__m256i*)((float*)y + c), _mm256_slli_epi32(_mm256_cvtepu16_epi32(found), 16));
+            _mm256_storeu_ps((float*)y + c, KIND == BF16 ? raise8(half, 32 * m) : _mm256_cvtph_ps(expand8(half, m)));
     }
     return from;
 }
@@ -235,8 +280,8 @@ Expand expand_of(int) {
 
 #endif
 
-// How many rows go side by side: what registers hold. With AVX2 two took longer than one, on an EPYC.
-int beside(int isa, int tokens) { return isa < AVX512 ? 1 : tokens <= 4 ? 4 : 2; }
+// How many rows go side by side: what registers hold.
+int beside(int isa, int tokens) { return isa < AVX2 ? 1 : isa < AVX512 || tokens > 4 ? 2 : 4; }
 
 template <bool MASKED>
 Rows rows_for(int kind, int isa, int rows, int tokens) {
@@ -269,7 +314,7 @@ int best_isa() {
 #if X86
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt") &&
-        __builtin_cpu_supports("f16c")) {
+        __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2")) {
         if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2")))
             return AVX2;
@@ -279,7 +324,7 @@ int best_isa() {
     return PORTABLE;
 }
 
-// Of so many rows, or groups of them, what a thread takes at a time.
+// Of so many rows what a thread takes at a time: some cores are slower, or have other work.
 int64_t rows_at_a_time(int64_t rows, int threads) {
     const int64_t part = rows / (16 * (int64_t)threads);
     return part < 2 ? 2 : part;
@@ -295,7 +340,7 @@ struct Aligned {
     float* data;
 };
 
-// x filled up with zeros; of 32 columns the even ones, then the odd ones, for bf16 in registers.
+// x filled up with zeros; by turns of 32 columns the even ones, then the odd ones, for bf16 and AVX-512.
 void arrange(const float* x, float* found, int64_t tokens, int64_t columns, int64_t pitch, bool by_turns) {
     for (int64_t t = 0; t < tokens; t++) {
         const float* from = x + t * columns;
@@ -338,15 +383,60 @@ struct Weight {
     int64_t rows;
 };
 
-// Some rows of W side by side. Nothing is read behind the last value: those near it are copied.
-void set_up(const Weight& weight, int64_t row, int rows, int64_t columns, int64_t size, Strip* strips,
+// Some rows of one W, `gap` from each other. before: outputs of the W before it.
+struct Band {
+    const Weight* weight;
+    int64_t before, row, gap;
+    int rows;
+};
+
+// Where sums go, and what is added to them: see llmsqueeze_linears.
+struct Output {
+    const float *bias, *residual;
+    float* y;
+    int64_t outputs;
+    int glu;
+
+    // sums: [rows][pitch], of tokens from `first` on; ups: of the second W.
+    void put(const Band& band, int64_t first, int tokens, int pitch, const float* sums, const float* ups) const {
+        for (int r = 0; r < band.rows; r++)
+            for (int t = 0; t < tokens; t++) {
+                const int64_t output = band.before + band.row + r * band.gap, to = (first + t) * outputs + output;
+                const float sum = sums[r * pitch + t];
+                y[to] = glu ? sum / (1 + std::exp(-sum)) * ups[r * pitch + t]
+                            : sum + (bias ? bias[output] : 0) + (residual ? residual[to] : 0);
+            }
+    }
+};
+
+// Calls `each` with bands that together hold all rows of some W once; a band has `side` rows or fewer. A thread's rows lie
+// one after another: a part of them for each place in a band, and those that are left over.
+template <typename Each>
+void in_bands(const Weight* weights, int64_t count, int64_t side, int threads, const Each& each) {
+    int64_t outputs = 0, turns = 0;
+    for (int64_t w = 0; w < count; w++) outputs += weights[w].rows;
+    const int64_t most = (rows_at_a_time(outputs, threads) + side - 1) / side * side;
+    for (int64_t w = 0; w < count; w++) turns += (weights[w].rows + most - 1) / most;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t turn = 0; turn < turns; turn++) {
+        int64_t in = turn, before = 0;
+        const Weight* weight = weights;
+        for (int64_t some; in >= (some = (weight->rows + most - 1) / most); weight++) in -= some, before += weight->rows;
+        const int64_t first = in * most, rows = weight->rows - first < most ? weight->rows - first : most;
+        const int64_t gap = rows / side, left = rows - gap * side;
+        for (int64_t i = 0; i < gap; i++) each(Band{weight, before, first + i, gap, (int)side});
+        if (left) each(Band{weight, before, first + gap * side, 1, (int)left});
+    }
+}
+
+// The beginnings of a band's rows of W. Nothing is read behind the last value: those near it are copied.
+void set_up(const Weight& weight, const Band& band, int64_t columns, int64_t size, Strip* strips,
             std::vector<char>* copies) {
     const int64_t bytes = (columns + 7) / 8;
-    for (int r = 0; r < rows; r++) {
-        const int64_t at = row + r, next = at + rows < weight.rows ? at + rows : at;
+    for (int r = 0; r < band.rows; r++) {
+        const int64_t at = band.row + r * band.gap;
         if (!weight.mask) {
-            strips[r] = {(const char*)weight.values + at * columns * size, nullptr, columns * size,
-                         (next - at) * columns * size, 0};
+            strips[r] = {(const char*)weight.values + at * columns * size, nullptr};
             continue;
         }
         const int64_t begin = weight.offsets[at], end = weight.offsets[at + 1];
@@ -356,32 +446,30 @@ void set_up(const Weight& weight, int64_t row, int rows, int64_t columns, int64_
             std::memcpy(copies[r].data(), from, (end - begin) * size);
             from = copies[r].data();
         }
-        strips[r] = {from, weight.mask + at * bytes, (end - begin) * size, (weight.offsets[next] - begin) * size,
-                     (next - at) * bytes};
+        strips[r] = {from, weight.mask + at * bytes};
     }
 }
 
-// Rows of W times x. x: some tokens, [tokens][columns]; seen: the same as `arrange` leaves them; sums: [rows][tokens], room
-// for SIDE times MOST.
-void rows_times(const Weight& weight, int64_t row, int rows, int kind, int isa, const float* x, const float* seen,
+// A band's rows of W times x. x: some tokens, [tokens][columns]; seen: the same as `arrange` leaves them;
+// sums: [rows][tokens], room for SIDE times MOST.
+void rows_times(const Weight& weight, const Band& band, int kind, int isa, const float* x, const float* seen,
                 int64_t columns, int64_t pitch, int tokens, float* sums) {
     const int64_t bytes = (columns + 7) / 8, whole = columns / GROUP * GROUP;
     Strip strips[SIDE];
     std::vector<char> copies[SIDE];
-    set_up(weight, row, rows, columns, size_of(kind), strips, copies);
+    set_up(weight, band, columns, size_of(kind), strips, copies);
     const int64_t seen_bytes = weight.mask ? bytes : whole / 8;
-    if (rows == beside(isa, tokens))
-        (weight.mask ? rows_for<true> : rows_for<false>)(kind, isa, rows, tokens)(strips, seen, pitch, seen_bytes, tokens, sums);
-    else
-        for (int r = 0; r < rows; r++)
-            (weight.mask ? rows_for<true> : rows_for<false>)(kind, isa, 1, tokens)(strips + r, seen, pitch, seen_bytes, tokens,
-                                                                                  sums + r * tokens);
-    for (int r = 0; r < rows; r++)
+    for (int r = 0, step = beside(isa, tokens); r < band.rows; r += step) {
+        if (band.rows - r < step) step = 1;
+        const Rows times = (weight.mask ? rows_for<true> : rows_for<false>)(kind, isa, step, tokens);
+        times(strips + r, seen, pitch, seen_bytes, tokens, sums + r * tokens);
+    }
+    for (int r = 0; r < band.rows; r++)
         for (int t = 0; t < tokens; t++) {
             float& sum = sums[r * tokens + t];
             if (!weight.mask)
                 for (int64_t c = whole; c < columns; c++) sum += value_at(strips[r].values, c, kind) * x[t * columns + c];
-            if (weight.scale) sum *= weight.scale[row + r];
+            if (weight.scale) sum *= weight.scale[band.row + r * band.gap];
         }
 }
 
@@ -448,11 +536,8 @@ WITH_AMX void tiles_times(const Strip* strips, int rows, const uint16_t* seen, i
     // By turns: what is expanded now is multiplied beside what is expanded next, once it has left for the cache.
     alignas(64) uint16_t dense[2][AHEAD][DOWN][PIECE];
     if (rows < DOWN) std::memset(dense, 0, sizeof dense);
-    const uint16_t *values[DOWN], *end[DOWN];
-    for (int r = 0; r < rows; r++) {
-        values[r] = (const uint16_t*)strips[r].values;
-        end[r] = values[r] + strips[r].size / 2;
-    }
+    const uint16_t* values[DOWN];
+    for (int r = 0; r < rows; r++) values[r] = (const uint16_t*)strips[r].values;
     static const Layout layout;
     _tile_loadconfig(&layout);
     _tile_zero(0);
@@ -462,9 +547,6 @@ WITH_AMX void tiles_times(const Strip* strips, int rows, const uint16_t* seen, i
     for (int64_t begin = 0; begin < pieces + AHEAD; begin += AHEAD) {
         const int now = begin / AHEAD % 2;
         const int some = (int)(begin >= pieces ? 0 : pieces - begin < AHEAD ? pieces - begin : AHEAD);
-        // Of every row's mask what comes soon, in it or in that of the row in its place.
-        int64_t soon = begin * 4 + NEAR_MASK;
-        if (soon >= bytes) soon += strips->far_mask - bytes;
         for (int r = 0; r < DOWN; r++) {
             if (some && r < rows) {
                 const uint16_t* from = values[r];
@@ -476,10 +558,10 @@ WITH_AMX void tiles_times(const Strip* strips, int rows, const uint16_t* seen, i
                     else
                         std::memcpy(masks, m, bytes - begin * 4);
                 }
-                const char* ask = (const char*)from + NEAR_TILES;
-                if (ask >= (const char*)end[r]) ask += strips[r].far - strips[r].size;
-                for (int line = 0; line < (MASKED ? 2 : 4); line++) _mm_prefetch(ask + 64 * line, _MM_HINT_T1);
-                if (MASKED && begin * 4 % 64 == 0) _mm_prefetch((const char*)strips[r].mask + soon, _MM_HINT_T1);
+                for (int line = 0; line < (MASKED ? 2 : 4); line++)
+                    _mm_prefetch((const char*)from + NEAR_TILES + 64 * line, _MM_HINT_T1);
+                if (MASKED && begin * 4 % 64 == 0)
+                    _mm_prefetch((const char*)strips[r].mask + begin * 4 + NEAR_MASK, _MM_HINT_T1);
                 for (int i = 0; i < some; i++) {
                     const __m512i w = _mm512_loadu_si512(from);
                     _mm512_store_si512(dense[now][i][r], MASKED ? _mm512_maskz_expand_epi16(masks[i], w) : w);
@@ -515,43 +597,26 @@ WITH_AMX void tiles_times(const Strip* strips, int rows, const uint16_t* seen, i
 }
 
 // As llmsqueeze_linears, x normed.
-void linears_by_tiles(const Weight* weights, int64_t count, const float* bias, const float* residual, const float* x, float* y,
-                      int64_t columns, int64_t tokens, int glu, int threads) {
+void linears_by_tiles(const Weight* weights, int64_t count, const Output& output, const float* x, int64_t columns,
+                      int64_t tokens, int threads) {
     std::vector<uint16_t> seen;
     const int parts = tile(x, seen, tokens, columns, threads);
     const int64_t span = (columns + PIECE - 1) / PIECE * parts * PIECE * ACROSS;
-    int64_t outputs = 0, turns = 0;
-    for (int64_t w = 0; w < (glu ? 1 : count); w++) {
-        outputs += weights[w].rows;
-        turns += (weights[w].rows + DOWN - 1) / DOWN;
-    }
-    // Several at a time, since each asks for what the next one needs first.
-#pragma omp parallel for num_threads(threads) schedule(dynamic, rows_at_a_time(turns, threads))
-    for (int64_t turn = 0; turn < turns; turn++) {
-        int64_t in = turn, before = 0;
-        const Weight* weight = weights;
-        for (int64_t some; in >= (some = (weight->rows + DOWN - 1) / DOWN); weight++) in -= some, before += weight->rows;
-        const int64_t row = in * DOWN;
-        const int rows = (int)(weight->rows - row < DOWN ? weight->rows - row : DOWN);
+    in_bands(weights, count, DOWN, threads, [&](const Band& band) {
         alignas(64) float sums[2][DOWN * ACROSS];
         for (int64_t first = 0; first < tokens; first += ACROSS) {
-            for (int w = 0; w <= glu; w++) {
+            for (int w = 0; w <= output.glu; w++) {
+                const Weight& weight = output.glu ? weights[w] : *band.weight;
                 Strip strips[DOWN];
                 std::vector<char> copies[DOWN];
-                set_up(glu ? weights[w] : *weight, row, rows, columns, 2, strips, copies);
+                set_up(weight, band, columns, 2, strips, copies);
                 const uint16_t* tiles = seen.data() + first / ACROSS * span;
-                (weight->mask ? tiles_times<true> : tiles_times<false>)(strips, rows, tiles, parts, columns, sums[w]);
+                (weight.mask ? tiles_times<true> : tiles_times<false>)(strips, band.rows, tiles, parts, columns, sums[w]);
             }
-            const int64_t some = tokens - first < ACROSS ? tokens - first : ACROSS;
-            for (int r = 0; r < rows; r++)
-                for (int64_t t = 0; t < some; t++) {
-                    const int64_t output = before + row + r, to = (first + t) * outputs + output;
-                    const float sum = sums[0][r * ACROSS + t];
-                    y[to] = glu ? sum / (1 + std::exp(-sum)) * sums[1][r * ACROSS + t]
-                                : sum + (bias ? bias[output] : 0) + (residual ? residual[to] : 0);
-                }
+            const int some = (int)(tokens - first < ACROSS ? tokens - first : ACROSS);
+            output.put(band, first, some, ACROSS, sums[0], sums[1]);
         }
-    }
+    });
 }
 
 // Whether all are of a kind that tiles multiply: without a mask rows must end with a piece.
@@ -568,7 +633,7 @@ bool by_tiles(const Weight* weights, int64_t count, int64_t columns, int64_t tok
 
 extern "C" {
 
-// The best instruction set of this machine that there is code for: 0 portable, 1 AVX2 with FMA and F16C, 2 AVX-512
+// The best instruction set of this machine that there is code for: 0 portable, 1 AVX2 with BMI2, FMA and F16C, 2 AVX-512
 // with VBMI2, 3 that and AMX.
 int llmsqueeze_isa() { return best_isa(); }
 
@@ -583,44 +648,25 @@ void llmsqueeze_linears(const Weight* weights, int64_t count, const float* norm,
     const int together = isa >= AVX512 ? MOST : MOST / 2;
     const std::vector<float> normed = norm ? normalise(x, norm, epsilon, columns, tokens) : std::vector<float>();
     if (norm) x = normed.data();
+    Output output{bias, residual, y, 0, glu};
+    if (glu) count = 1;  // the second goes with the first
+    for (int64_t w = 0; w < count; w++) output.outputs += weights[w].rows;
 #if TILES
     if (by_tiles(weights, count, columns, tokens, kind, isa))
-        return linears_by_tiles(weights, count, bias, residual, x, y, columns, tokens, glu, threads);
+        return linears_by_tiles(weights, count, output, x, columns, tokens, threads);
 #endif
     const Aligned seen(tokens * pitch);
-    arrange(x, seen.data, tokens, columns, pitch, kind == BF16 && isa != PORTABLE);
-    int64_t outputs = 0, turns = 0;
-    for (int64_t w = 0; w < (glu ? 1 : count); w++) {
-        outputs += weights[w].rows;
-        turns += (weights[w].rows + SIDE - 1) / SIDE;
-    }
-    // In turns: some cores are slower, or have other work.
-#pragma omp parallel for num_threads(threads) schedule(dynamic, rows_at_a_time(turns, threads))
-    for (int64_t turn = 0; turn < turns; turn++) {
-        int64_t in = turn, before = 0;
-        const Weight* weight = weights;
-        for (int64_t some; in >= (some = (weight->rows + SIDE - 1) / SIDE); weight++) in -= some, before += weight->rows;
-        const int64_t end = (in + 1) * SIDE < weight->rows ? (in + 1) * SIDE : weight->rows;
+    arrange(x, seen.data, tokens, columns, pitch, kind == BF16 && isa >= AVX512);
+    in_bands(weights, count, beside(isa, 1), threads, [&](const Band& band) {
+        float sums[2][SIDE * MOST];
         for (int64_t first = 0; first < tokens; first += together) {
             const int some = (int)(tokens - first < together ? tokens - first : together);
-            const int step = beside(isa, some);
-            const float* plain = x + first * columns;
-            const float* turned = seen.data + first * pitch;
-            for (int64_t row = in * SIDE; row < end; row += step) {
-                const int rows = (int)(end - row < step ? end - row : step);
-                float sums[SIDE * MOST], ups[SIDE * MOST];
-                rows_times(*weight, row, rows, kind, isa, plain, turned, columns, pitch, some, sums);
-                if (glu) rows_times(weights[1], row, rows, kind, isa, plain, turned, columns, pitch, some, ups);
-                for (int r = 0; r < rows; r++)
-                    for (int t = 0; t < some; t++) {
-                        const int64_t output = before + row + r, to = (first + t) * outputs + output;
-                        const float sum = sums[r * some + t];
-                        y[to] = glu ? sum / (1 + std::exp(-sum)) * ups[r * some + t]
-                                    : sum + (bias ? bias[output] : 0) + (residual ? residual[to] : 0);
-                    }
-            }
+            for (int w = 0; w <= glu; w++)
+                rows_times(glu ? weights[w] : *band.weight, band, kind, isa, x + first * columns, seen.data + first * pitch,
+                           columns, pitch, some, sums[w]);
+            output.put(band, first, some, some, sums[0], sums[1]);
         }
-    }
+    });
 }
 
 // Rows of W, dense: y is [rows][columns], in fp32 or, if it is not wide, in the kind of the values. offsets: of these

@@ -19,14 +19,14 @@
 #define X86 0
 #endif
 
-#define WITH_AVX2 __attribute__((target("avx2,fma,f16c,popcnt")))
+#define WITH_AVX2 __attribute__((target("avx2,fma,f16c,popcnt,bmi2")))
 #if X86 && (__GNUC__ >= 11 || __clang_major__ >= 12)
 #define TILES 1
-#define WITH_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512vbmi2,avx2,fma,f16c,popcnt")))
+#define WITH_AMX __attribute__((target("amx-tile,amx-bf16,avx512f,avx512bw,avx512vl,avx512vbmi2,avx2,fma,f16c,popcnt,bmi2")))
 #else
 #define TILES 0
 #endif
-#define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx2,fma,f16c,popcnt")))
+#define WITH_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,avx2,fma,f16c,popcnt,bmi2")))
 
 enum Kind { BF16, FP16, FP32, INT8 };
 enum Isa { PORTABLE, AVX2, AVX512, AMX };  // AMX: AVX-512, and tiles of bf16
@@ -73,14 +73,17 @@ WITH_AVX2 inline float total(__m256 v) {
 // For a byte of the mask: where each of eight places finds its value among those that follow, 0xff for none.
 struct Places {
     alignas(64) uint8_t halves[256][16];  // for values of 2 bytes
+    alignas(64) uint8_t raised[256][32];  // for values of 2 bytes, as the upper ones of 4
     alignas(64) uint8_t words[256][8];    // for values of 4 bytes
     Places() {
+        std::memset(raised, 0xff, sizeof raised);
         for (int byte = 0; byte < 256; byte++) {
             int next = 0;
             for (int bit = 0; bit < 8; bit++) {
                 const bool here = byte >> bit & 1;
                 halves[byte][2 * bit] = here ? 2 * next : 0xff;
                 halves[byte][2 * bit + 1] = here ? 2 * next + 1 : 0xff;
+                if (here) raised[byte][4 * bit + 2] = 2 * next, raised[byte][4 * bit + 3] = 2 * next + 1;
                 words[byte][bit] = here ? next : 0;
                 next += here;
             }
@@ -101,81 +104,49 @@ WITH_AVX2 inline __m256 expand8(const float* from, size_t m) {
     return _mm256_and_ps(_mm256_permutevar8x32_ps(_mm256_loadu_ps(from), index), _mm256_castsi256_ps(kept));
 }
 
-// 32 columns in fp32, from the values that `from` points to; returns what follows them. m: four bytes of the mask.
-// bf16: the 16 of even number, then those of odd number; else in their order.
-template <int KIND>
-WITH_AVX2 inline const void* expand32_avx2(const void* from, const uint8_t* m, __m256 (&w)[4]) {
-    // Byte after byte: few instructions are what this lives on.
-    const size_t m0 = m[0], m1 = m[1], m2 = m[2], m3 = m[3];
-    const int n0 = _mm_popcnt_u32(m0), n1 = _mm_popcnt_u32(m1), n2 = _mm_popcnt_u32(m2), n3 = _mm_popcnt_u32(m3);
-    if (KIND == FP32) {
-        const float* word = (const float*)from;
-        w[0] = expand8(word, m0);
-        word += n0;
-        w[1] = expand8(word, m1);
-        word += n1;
-        w[2] = expand8(word, m2);
-        word += n2;
-        w[3] = expand8(word, m3);
-        return word + n3;
-    }
-    const uint16_t* half = (const uint16_t*)from;
-    const __m128i a = expand8(half, m0);
-    half += n0;
-    const __m128i b = expand8(half, m1);
-    half += n1;
-    const __m128i c = expand8(half, m2);
-    half += n2;
-    const __m128i d = expand8(half, m3);
-    half += n3;
-    if (KIND == FP16) {
-        w[0] = _mm256_cvtph_ps(a);
-        w[1] = _mm256_cvtph_ps(b);
-        w[2] = _mm256_cvtph_ps(c);
-        w[3] = _mm256_cvtph_ps(d);
-        return half;
-    }
-    const __m256i odd = _mm256_set1_epi32((int)0xffff0000);
-    const __m256i left = _mm256_inserti128_si256(_mm256_castsi128_si256(a), b, 1),
-                  right = _mm256_inserti128_si256(_mm256_castsi128_si256(c), d, 1);
-    w[0] = _mm256_castsi256_ps(_mm256_slli_epi32(left, 16));
-    w[1] = _mm256_castsi256_ps(_mm256_slli_epi32(right, 16));
-    w[2] = _mm256_castsi256_ps(_mm256_and_si256(left, odd));
-    w[3] = _mm256_castsi256_ps(_mm256_and_si256(right, odd));
-    return half;
+// The same of bf16 in fp32. row: 32 times the byte of the mask.
+WITH_AVX2 inline __m256 raise8(const uint16_t* from, size_t row) {
+    const __m256i twice = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)from));
+    const __m256i places8 = _mm256_load_si256((const __m256i*)(places.raised[0] + row));
+    return _mm256_castsi256_ps(_mm256_shuffle_epi8(twice, places8));
 }
 
-// 32 columns that are all there, as expand32_avx2 gives them.
+// Columns 8 i to 8 i + 7 of 32 in fp32, from the values of these 32 that `from` points to. m: four bytes of the mask.
 template <int KIND>
-WITH_AVX2 inline const void* load32_avx2(const void* from, __m256 (&w)[4]) {
-    if (KIND == FP32) {
-        const float* word = (const float*)from;
-        w[0] = _mm256_loadu_ps(word);
-        w[1] = _mm256_loadu_ps(word + 8);
-        w[2] = _mm256_loadu_ps(word + 16);
-        w[3] = _mm256_loadu_ps(word + 24);
-        return word + 32;
-    }
-    const __m128i* half = (const __m128i*)from;
+WITH_AVX2 inline __m256 eight_avx2(const void* from, uint32_t m, int i) {
+    // Few instructions are what this lives on, and that no sum waits for the one before.
+    const int before = i ? _mm_popcnt_u32(_bzhi_u32(m, 8 * i)) : 0;
+    const uint32_t turned = m >> (8 * i + 27) % 32 | m << (37 - 8 * i) % 32;  // one instruction, which a shift is not
+    if (KIND == BF16) return raise8((const uint16_t*)from + before, turned & 0x1fe0);
+    const size_t here = m >> 8 * i & 0xff;
+    if (KIND == FP16) return _mm256_cvtph_ps(expand8((const uint16_t*)from + before, here));
+    return expand8((const float*)from + before, here);
+}
+
+// What follows the values of these 32.
+template <int KIND>
+WITH_AVX2 inline const void* after_avx2(const void* from, uint32_t m) {
+    return (const char*)from + (KIND == FP32 ? 4 : 2) * (int64_t)_mm_popcnt_u32(m);
+}
+
+// All 32, and what follows their values.
+template <int KIND>
+WITH_AVX2 inline const void* expand32_avx2(const void* from, uint32_t m, __m256 (&w)[4]) {
+    for (int i = 0; i < 4; i++) w[i] = eight_avx2<KIND>(from, m, i);
+    return after_avx2<KIND>(from, m);
+}
+
+// Columns 8 i to 8 i + 7 where all are there.
+template <int KIND>
+WITH_AVX2 inline __m256 load8_avx2(const void* from, int i) {
+    const __m128i* half = (const __m128i*)from + i;
+    if (KIND == FP32) return _mm256_loadu_ps((const float*)from + 8 * i);
     if (KIND == INT8) {
-        for (int i = 0; i < 4; i++)
-            w[i] = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)from + 8 * i))));
-        return half + 2;
+        const __m128i codes = _mm_loadl_epi64((const __m128i*)((const char*)from + 8 * i));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes));
     }
-    if (KIND == FP16) {
-        w[0] = _mm256_cvtph_ps(_mm_loadu_si128(half));
-        w[1] = _mm256_cvtph_ps(_mm_loadu_si128(half + 1));
-        w[2] = _mm256_cvtph_ps(_mm_loadu_si128(half + 2));
-        w[3] = _mm256_cvtph_ps(_mm_loadu_si128(half + 3));
-        return half + 4;
-    }
-    const __m256i odd = _mm256_set1_epi32((int)0xffff0000);
-    const __m256i left = _mm256_loadu_si256((const __m256i*)half), right = _mm256_loadu_si256((const __m256i*)half + 1);
-    w[0] = _mm256_castsi256_ps(_mm256_slli_epi32(left, 16));
-    w[1] = _mm256_castsi256_ps(_mm256_slli_epi32(right, 16));
-    w[2] = _mm256_castsi256_ps(_mm256_and_si256(left, odd));
-    w[3] = _mm256_castsi256_ps(_mm256_and_si256(right, odd));
-    return half + 4;
+    if (KIND == FP16) return _mm256_cvtph_ps(_mm_loadu_si128(half));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(half)), 16));
 }
 
 template <int KIND>
@@ -202,7 +173,7 @@ WITH_AVX512 inline const void* load32_avx512(const void* from, __m512 (&w)[2]) {
     return half + 32;
 }
 
-// expand32_avx2 in two registers.
+// expand32_avx2 in two registers. bf16: the 16 of even number, then those of odd number.
 template <int KIND>
 WITH_AVX512 inline const void* expand32_avx512(const void* from, uint32_t m, __m512 (&w)[2]) {
     if (KIND == FP32) {

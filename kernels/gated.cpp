@@ -182,8 +182,10 @@ template <int KIND, int T>
 WITH_AVX2 inline const void* masked32(const void* from, const uint8_t* mask, const float (*x)[MOST], int i,
                                       int64_t ahead, __m256 (&sum)[T][4]) {
     _mm_prefetch((const char*)from + ahead, _MM_HINT_T0);
+    uint32_t m;
+    std::memcpy(&m, mask, 4);
     __m256 w[4];
-    from = expand32_avx2<KIND>(from, mask, w);
+    from = expand32_avx2<KIND>(from, m, w);
     for (int t = 0; t < T; t++) {
         const __m256 given = _mm256_broadcast_ss(&x[t][i]);
         sum[t][0] = _mm256_fmadd_ps(w[0], given, sum[t][0]);
@@ -379,7 +381,7 @@ void llmsqueeze_gated_bitmask_linear(const void* values, const uint8_t* mask, co
     const Kept kept = keep(x, threshold, thresholds, columns, tokens);
     const int64_t count = (int64_t)kept.inputs.size(), size = size_of(kind);
     const int64_t panels = (rows + panel - 1) / panel, all = offsets[panels * columns];
-    const bool by_turns = kind == BF16 && isa != PORTABLE;
+    const bool by_turns = kind == BF16 && isa >= AVX512;
     const AddMasked many = masked_for(kind, isa, true, tokens), one = masked_for(kind, isa, false, tokens);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t p = 0; p < panels; p++) {
