@@ -213,17 +213,19 @@ class Checkpoint:
             tensors[name] = tensor
         return tensors
 
-    def read_parts(self, name: str) -> dict[str, Tensor]:
-        """The parts of a compressed parameter as they lie in the file, mapped: pages come when they are used.
+    def read_parts(self, names: Iterable[str]) -> dict[str, dict[str, Tensor]]:
+        """The parts of those that are compressed, as they lie in the file: pages come when they are used.
 
-        Raises CheckpointError if they do not belong together.
+        Each file is mapped once for all of them: every mapping counts as memory what is touched near by.
+        Raises CheckpointError if parts do not belong together.
         """
-        source = self.sources[name]
-        assert isinstance(source, PackedSource)
-        loaded = load(source.parts.values())
-        parts = {part: loaded[where.name] for part, where in source.parts.items()}
-        check_parts(name.removesuffix(".weight"), source.record, parts)
-        return parts
+        packed = {n: s for n in names if isinstance(s := self.sources[n], PackedSource)}
+        loaded = load(part for source in packed.values() for part in source.parts.values())
+        found = {}
+        for name, source in packed.items():
+            found[name] = {part: loaded[where.name] for part, where in source.parts.items()}
+            check_parts(name.removesuffix(".weight"), source.record, found[name])
+        return found
 
     def site_dtype(self, name: str) -> torch.dtype:
         """The dtype a parameter is stored in."""

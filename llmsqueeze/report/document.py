@@ -229,7 +229,7 @@ def _mask(checkpoint: Checkpoint, site: str, record: SiteRecord) -> np.ndarray:
     """[rows, ceil(columns/8)] uint8: which weights are not zero, as numerics.packing has it."""
     name = f"{site}.weight"
     if record.encoding == "bitmask":
-        return np.asarray(checkpoint.read_parts(name)["mask"].numpy())
+        return np.asarray(checkpoint.read_parts([name])[name]["mask"].numpy())
     return np.packbits((checkpoint.read([name])[name] != 0).numpy(), axis=1, bitorder="little")
 
 

@@ -67,11 +67,12 @@ def fill(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> linears.Repo
     modules = dict(model.named_modules())
     embedded = model.get_input_embeddings()
     tied = None
+    stored = checkpoint.read_parts(_kept_packed(checkpoint, modules))
     for name in checkpoint.sources:
         path, _, leaf = name.rpartition(".")
         module = modules[path]
         if leaf == "weight" and type(module) is nn.Linear:
-            model.set_submodule(path, _linear(checkpoint, path, module, dtype))
+            model.set_submodule(path, _linear(checkpoint, path, module, dtype, stored.get(name)))
         elif leaf == "weight" and type(module) is nn.Embedding:
             table = StoredEmbedding(checkpoint.read([name])[name], module.padding_idx, dtype)
             model.set_submodule(path, table)
@@ -126,18 +127,35 @@ def _install_gates(model: Any, checkpoint: Checkpoint, dtype: torch.dtype) -> bo
     return True
 
 
+def _kept_packed(checkpoint: Checkpoint, modules: dict[str, nn.Module]) -> list[str]:
+    """The weights that linears without gates keep as they are encoded."""
+    found = []
+    for name, source in checkpoint.sources.items():
+        path, _, leaf = name.rpartition(".")
+        if (
+            leaf == "weight"
+            and type(modules[path]) is nn.Linear
+            and isinstance(source, PackedSource)
+        ):
+            record = source.record
+            if record.encoding == "int8" or record.sparsity >= LEAST_SPARSITY:
+                found.append(name)
+    return found
+
+
 def _linear(
-    checkpoint: Checkpoint, path: str, module: nn.Linear, dtype: torch.dtype
-) -> PackedLinear:
-    """What computes as `module`, whose parameters are empty, with what is stored."""
+    checkpoint: Checkpoint, path: str, module: nn.Linear, dtype: torch.dtype,
+    stored: dict[str, Tensor] | None,
+) -> PackedLinear:  # fmt: skip
+    """What computes as `module`, whose parameters are empty, with `stored` parts or the dense weight."""
     bias = None
     if module.bias is not None:
         bias = checkpoint.read([f"{path}.bias"])[f"{path}.bias"].to(dtype)
     name = f"{path}.weight"
+    if stored is None:
+        return DenseLinear(checkpoint.read([name])[name], bias)
     source = checkpoint.sources[name]
-    if isinstance(source, PackedSource):
-        if source.record.encoding == "int8":
-            return StoredInt8Linear(bias, **checkpoint.read_parts(name))
-        if source.record.sparsity >= LEAST_SPARSITY:
-            return BitmaskLinear(module.weight, bias, checkpoint.read_parts(name))
-    return DenseLinear(checkpoint.read([name])[name], bias)
+    assert isinstance(source, PackedSource)
+    if source.record.encoding == "int8":
+        return StoredInt8Linear(bias, **stored)
+    return BitmaskLinear(module.weight, bias, stored)
