@@ -28,6 +28,7 @@ if cpu.library() is None:
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 ISAS = range(cpu.INSTRUCTIONS.index(cpu.instructions() or "portable") + 1)
+NONE = torch.empty(0)
 
 
 def off(y: Tensor, expected: Tensor) -> float:
@@ -155,6 +156,30 @@ def test_threads_change_nothing(threads: int) -> None:
             finally:
                 torch.set_num_threads(before)
             assert off(found, expected.double()) < 1e-6  # torch's own product may sum otherwise
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("glu", [False, True])
+def test_rows_that_lie_apart(isa: int, glu: bool) -> None:
+    """Side by side, others between them; of several weights, some left over."""
+    counts = (1203, 1203) if glu else (1203, 333, 7)
+    weights = [(torch.randn(n, 70) * (torch.rand(n, 70) < 0.5)).bfloat16() for n in counts]
+    group = cpu.Group(
+        *map(list, zip(*map(pack_bitmask, weights), strict=True)), [NONE] * len(counts)
+    )
+    before = torch.get_num_threads()
+    for tokens in (1, 2, 5, 8):
+        x = torch.randn(tokens, 70)
+        expected = [x.double() @ w.double().t() for w in weights]
+        try:
+            torch.set_num_threads(1)
+            found = group.product(x, None, 0.0, None, None, glu, isa=isa)
+        finally:
+            torch.set_num_threads(before)
+        wanted = (
+            nn.functional.silu(expected[0]) * expected[1] if glu else torch.cat(expected, dim=1)
+        )
+        assert float((found - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
 
 
 def test_values_may_begin_anywhere() -> None:

@@ -24,8 +24,6 @@ from llmsqueeze.numerics.packing import pack_bitmask
 from llmsqueeze.ops import cpu, input_major
 
 MATRICES = 3
-DTYPES = (torch.bfloat16, torch.float32)
-
 
 Product = Callable[[torch.Tensor, int], torch.Tensor]  # of x and the number of a matrix
 
@@ -46,12 +44,13 @@ def main() -> None:
     products["2:4"] = _bitmask([zero_removed(w, halved) for w in weights])
     for tokens in map(int, args.tokens.split(",")):
         x = torch.randn(tokens, columns)
+        narrow = x.bfloat16()
         some = products | (_gated(weights, x) if tokens == 1 else {})
         calls: list[Callable[[int], object]] = [
-            lambda i, x=x: linear(x.bfloat16(), weights[i]), lambda i, x=x: linear(x, wide[i])
+            lambda i, x=narrow: linear(x, weights[i]), lambda i, x=x: linear(x, wide[i])
         ]  # fmt: skip
         for product in some.values():
-            calls += [lambda i, x=x, p=product: p(x, i) for x in (x.bfloat16(), x)]
+            calls += [lambda i, x=x, p=product: p(x, i) for x in (narrow, x)]
         times = by_turns(calls, args.rounds)
         dense, *best = [
             [min(pair) for pair in zip(*times[i : i + 2], strict=True)]
